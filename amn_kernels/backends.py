@@ -1,0 +1,165 @@
+"""The backends, what each can do, and which one serves a call.
+
+Order of choice: explicit argument, then the environment variable AMN_KERNELS_BACKEND, then the best available one. An
+automatic choice falls back; an explicit one that can't be met raises and says why.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amn_kernels import ops
+from amn_kernels import reference as _reference
+from amn_kernels.options import DEFAULT_CHUNK_BYTES, LossOptions
+from amn_kernels.stats import TermOutputs
+
+ENVIRONMENT = "AMN_KERNELS_BACKEND"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of the loss: the checked arguments, as every backend gets them."""
+
+    pred: Tensor
+    target: Tensor
+    options: LossOptions
+    temperature: Tensor | None = None  # 0-dim, where it is learned
+    mask: Tensor | None = None
+    extra_negatives: Tensor | None = None
+    ids: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One way to compute the loss."""
+
+    name: str
+    summary: str
+    why_unavailable: Callable[[], str | None]
+    """Why it can't be used in this installation at all; None if it can."""
+    why_unsupported: Callable[[Call], str | None]
+    """Why it can't serve this call; None if it can."""
+    run: Callable[[Call], TermOutputs]
+
+
+def _cpu_unsupported(call: Call) -> str | None:
+    options = call.options
+    if call.pred.device.type != "cpu":
+        return f"pred is on {call.pred.device}"
+    for term in ("moment", "variance"):
+        if term in options.terms:
+            return f"the {term} term is not fused yet"
+    if options.direction != "pred_to_target":
+        return f"direction={options.direction!r} is not fused yet"
+    if options.negatives != "all":
+        return f"negatives={options.negatives!r} is not fused yet"
+    for name in ("mask", "extra_negatives", "ids"):
+        if getattr(call, name) is not None:
+            return f"{name} is not fused yet"
+    if call.temperature is not None:
+        return "a learnable temperature is not fused yet"
+    if call.target.requires_grad and torch.is_grad_enabled():
+        return "target requires a gradient, which is not fused yet"
+    return None
+
+
+def _cpu_run(call: Call) -> TermOutputs:
+    options = call.options
+    return ops.term_outputs(
+        call.pred, call.target, options.terms, options.monitor, options.temperature,
+        options.chunk_bytes or DEFAULT_CHUNK_BYTES,
+    )  # fmt: skip
+
+
+def _reference_run(call: Call) -> TermOutputs:
+    return _reference.term_outputs(
+        call.pred,
+        call.target,
+        call.options,
+        temperature=call.temperature,
+        mask=call.mask,
+        extra_negatives=call.extra_negatives,
+        ids=call.ids,
+    )
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", "C++, fused, vectorised, threaded", ops.why_unavailable, _cpu_unsupported, _cpu_run),
+        Backend("reference", "plain PyTorch, any device, any option", lambda: None, lambda call: None, _reference_run),
+    )
+}
+"""All backends by name, best first."""
+
+
+def check_name(name: str | None) -> None:
+    """Raise ValueError if `name` is neither None nor a backend that this installation has."""
+    if name is None:
+        return
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if reason := BACKENDS[name].why_unavailable():
+        raise ValueError(f"backend={name!r} is not available: {reason}")
+
+
+def choose(call: Call) -> Backend:
+    """The backend that serves this call; raises ValueError if one was asked for by name and can't."""
+    name = call.options.backend or os.environ.get(ENVIRONMENT) or None
+    if name is not None:
+        check_name(name)
+        if reason := BACKENDS[name].why_unsupported(call):
+            raise ValueError(f"backend={name!r} can't serve this call: {reason}")
+        return BACKENDS[name]
+    for backend in BACKENDS.values():
+        if not backend.why_unavailable() and not backend.why_unsupported(call):
+            return backend
+    raise AssertionError("the reference backend serves every call")
+
+
+def info() -> str:
+    """A report for people: which backend serves what in this installation, and why the others don't."""
+    import amn_kernels
+
+    lines = [
+        f"amn-kernels {amn_kernels.__version__}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads",
+        f"CUDA device: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}",
+        f"{ENVIRONMENT}: {os.environ.get(ENVIRONMENT) or 'not set'}",
+        "",
+        "Backends, best first:",
+    ]
+    for backend in BACKENDS.values():
+        reason = backend.why_unavailable()
+        lines.append(f"  {backend.name:<10} {f'not available: {reason}' if reason else f'available: {backend.summary}'}")
+    if not ops.why_unavailable():
+        lines.append(f"             instruction set: {ops.cpu_isa()}")
+    lines += ["", "Which backend serves what, on the CPU:"]
+    row = torch.ones(2, 3)
+    grid = row.view(1, 2, 3)
+    calls = {
+        "mse, cosine, infonce": Call(row, row, LossOptions(mse=1, cosine=1, infonce=1)),
+        "moment": Call(row, row, LossOptions(moment=1)),
+        "variance": Call(row, row, LossOptions(variance=1)),
+        "direction='both'": Call(row, row, LossOptions(infonce=1, direction="both")),
+        "negatives='step'": Call(grid, grid, LossOptions(infonce=1, negatives="step")),
+        "negatives='sequence'": Call(grid, grid, LossOptions(infonce=1, negatives="sequence")),
+        "mask": Call(row, row, LossOptions(), mask=torch.ones(2, dtype=torch.bool)),
+        "extra_negatives": Call(row, row, LossOptions(infonce=1), extra_negatives=row),
+        "ids": Call(row, row, LossOptions(infonce=1), ids=torch.arange(2)),
+        "learnable_temperature": Call(row, row, LossOptions(infonce=1), temperature=torch.ones(())),
+        "target with gradient": Call(row, row.clone().requires_grad_(), LossOptions()),
+    }
+    for what, call in calls.items():
+        try:
+            backend = choose(call)
+            first = next(iter(BACKENDS.values()))
+            reason = first.why_unavailable() or first.why_unsupported(call)
+            why = "" if backend is first or not reason else f"  ({first.name}: {reason})"
+            lines.append(f"  {what:<24} {backend.name}{why}")
+        except ValueError as error:
+            lines.append(f"  {what:<24} none: {error}")
+    lines.append("  double backward          reference")
+    return "\n".join(lines)

@@ -1,0 +1,69 @@
+"""`seq_loss`: the loss without state."""
+
+import torch
+from torch import Tensor
+
+from amn_kernels import backends
+from amn_kernels.checks import check_inputs
+from amn_kernels.options import LossOptions
+from amn_kernels.stats import LossStats
+
+
+def seq_loss(
+    pred: Tensor,  # [N, D] or [B, T, D]
+    target: Tensor,  # same shape
+    *,
+    mask: Tensor | None = None,  # [N] or [B, T] bool
+    extra_negatives: Tensor | None = None,  # [K, D]
+    ids: Tensor | None = None,  # [N] or [B, T] integers
+    **options,
+) -> tuple[Tensor, LossStats]:
+    """The weighted sum of the terms that are on, and its diagnostics.
+
+    Args:
+        pred: Predictions, [N, D] or [B, T, D]; float32, float64, float16 or bfloat16. May be strided.
+        target: Targets of the same shape; the dtype may differ, each is read as it is.
+        mask: True = the row counts. Other rows are neither queries nor keys and may hold NaN.
+        extra_negatives: Keys that are nobody's positive (hard negatives, a queue); used by infonce.
+        ids: Rows with one id are not each other's negatives; used by infonce.
+        **options: The fields of `LossOptions`: term weights, temperature and so on. ``learnable_temperature`` and
+            running weights are state: use `FusedSeqLoss` for them.
+
+    Returns:
+        The loss, a 0-dim float32 tensor (float64 for float64 input), and the `LossStats` of the call. A zero vector
+        (norm below 1e-8) has cosine 0 and gets no gradient from cosine and infonce. All rows masked: loss 0.
+
+    Raises:
+        TypeError: An argument is not a tensor of a supported dtype, or an option does not exist.
+        ValueError: Shapes or devices differ, an option is out of its range, or a backend asked for by name can't
+            serve the call. The message names the argument and what was got.
+        NotImplementedError: An option that this version does not have yet.
+    """
+    checked = LossOptions(**options)
+    if checked.learnable_temperature:
+        raise ValueError("learnable_temperature=True needs a place to keep the parameter: use FusedSeqLoss")
+    backends.check_name(checked.backend)
+    return evaluate(pred, target, checked, mask=mask, extra_negatives=extra_negatives, ids=ids)
+
+
+def evaluate(
+    pred: Tensor,
+    target: Tensor,
+    options: LossOptions,
+    *,
+    temperature: Tensor | None = None,  # 0-dim
+    weights: Tensor | None = None,  # [m]
+    mask: Tensor | None = None,
+    extra_negatives: Tensor | None = None,
+    ids: Tensor | None = None,
+) -> tuple[Tensor, LossStats]:
+    """`seq_loss` with checked options and the state that `FusedSeqLoss` keeps: temperature and weights."""
+    check_inputs(pred, target, options, mask, extra_negatives, ids)
+    call = backends.Call(pred, target, options, temperature, mask, extra_negatives, ids)
+    values, gram, metrics = backends.choose(call).run(call)
+    if weights is None:
+        weights = torch.tensor(options.lambdas, dtype=values.dtype, device=values.device)
+    else:
+        weights = weights.to(device=values.device, dtype=values.dtype)
+    loss = torch.dot(values, weights)
+    return loss, LossStats(options.terms, options.enabled, values.detach(), weights, gram, metrics)

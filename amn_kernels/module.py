@@ -1,0 +1,97 @@
+"""`FusedSeqLoss`: the loss as a module, with what has to be remembered from call to call."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amn_kernels import backends, functional
+from amn_kernels.options import LossOptions
+from amn_kernels.stats import LossStats
+
+
+class FusedSeqLoss(nn.Module):
+    """Weighted sum of MSE, cosine, InfoNCE, moment and variance loss in one op, with exact gradients.
+
+    The arguments are the fields of `amn_kernels.options.LossOptions`, documented there; `forward` takes the tensors
+    of `amn_kernels.functional.seq_loss`, documented there with what is raised.
+
+    >>> criterion = FusedSeqLoss(mse=1.0, infonce=0.5)
+    >>> loss = criterion(pred, target)
+    >>> loss.backward()
+    >>> criterion.stats.as_dict()
+    """
+
+    def __init__(
+        self,
+        *,
+        mse: float = 1.0,
+        cosine: float = 0.0,
+        infonce: float = 0.0,
+        moment: float = 0.0,
+        variance: float = 0.0,
+        weighting: str | Callable = "fixed",
+        anchor: str | None = None,
+        ema: float = 0.99,
+        temperature: float = 0.07,
+        learnable_temperature: bool = False,
+        direction: str = "pred_to_target",
+        negatives: str = "all",
+        variance_target: float | None = None,
+        false_negative_margin: float | None = None,
+        positives: str = "diagonal",
+        update_every: int = 1,
+        monitor: tuple[str, ...] = (),
+        process_group: Any = None,
+        gather_negatives: bool = False,
+        backend: str | None = None,
+        chunk_bytes: int | None = None,
+        check_finite: bool = False,
+    ):
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        self.options = LossOptions(**arguments)
+        backends.check_name(self.options.backend)
+        # A plain attribute and not a buffer: `.half()` would round it, and it is an option, not state.
+        self._weights = torch.tensor(self.options.lambdas, dtype=torch.float64)
+        if learnable_temperature:
+            self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log())
+        self._stats: LossStats | None = None
+
+    def forward(
+        self,
+        pred: Tensor,  # [N, D] or [B, T, D]
+        target: Tensor,  # same shape
+        *,
+        mask: Tensor | None = None,  # [N] or [B, T] bool
+        extra_negatives: Tensor | None = None,  # [K, D]
+        ids: Tensor | None = None,  # [N] or [B, T] integers
+    ) -> Tensor:  # []
+        """The loss; see `amn_kernels.functional.seq_loss` for arguments, result and errors."""
+        loss, self._stats = functional.evaluate(
+            pred,
+            target,
+            self.options,
+            temperature=self.log_temperature.exp() if self.options.learnable_temperature else None,
+            weights=self._weights,
+            mask=mask,
+            extra_negatives=extra_negatives,
+            ids=ids,
+        )
+        return loss
+
+    @property
+    def stats(self) -> LossStats:
+        """Diagnostics of the last call; raises RuntimeError before the first."""
+        if self._stats is None:
+            raise RuntimeError("FusedSeqLoss.stats: the loss has not been called yet")
+        return self._stats
+
+    def extra_repr(self) -> str:
+        """The options that differ from their defaults."""
+        default = LossOptions()
+        names = (field.name for field in dataclasses.fields(LossOptions) if field.init)
+        shown = (name for name in names if getattr(self.options, name) != getattr(default, name))
+        return ", ".join(f"{name}={getattr(self.options, name)!r}" for name in shown)

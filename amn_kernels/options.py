@@ -1,0 +1,148 @@
+"""What to compute: the options of the loss, checked once, in one frozen object that every layer below passes on."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+TERMS = ("mse", "cosine", "infonce", "moment", "variance")
+"""All terms, in the order of every per-term tensor and table."""
+
+DEFAULT_CHUNK_BYTES = 8 << 20
+"""Scratch memory for one block of similarities on the CPU; see `LossOptions.chunk_bytes`."""
+
+_CHOICES = {
+    "direction": ("pred_to_target", "both"),
+    "negatives": ("all", "step", "sequence"),
+    "positives": ("diagonal", "ids"),
+}
+_NOT_YET = "is not available yet in this version"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossOptions:
+    """The keyword options of `FusedSeqLoss` and `functional.seq_loss`, with their defaults.
+
+    Args:
+        mse: Weight λ of the mean squared error, ``mean((p - t)²)`` over rows and dimensions. 0 turns a term off:
+            it is then neither computed nor reported.
+        cosine: λ of ``mean(1 - cos(p, t))``.
+        infonce: λ of the InfoNCE loss with in-batch negatives (van den Oord et al. 2018, arXiv:1807.03748): the
+            cross entropy of the row's own target among all targets, with logits ``cos(p_i, t_j) / temperature``.
+        moment: λ of the squared difference of batch mean and of standard deviation, per dimension, averaged.
+        variance: λ of ``mean_k relu(γ_k - sd_k(p / |p|))``, the variance hinge of VICReg (Bardes et al. 2022,
+            arXiv:2105.04906) in normalised space.
+        weighting: How the weight of each term follows from its λ. ``"fixed"``: the weight is λ.
+        anchor: The term that keeps its own scale; default: mse if it is on, else the first term that is on.
+        ema: Decay of running norms and values, in [0, 1).
+        temperature: τ > 0 of InfoNCE.
+        learnable_temperature: Make τ a parameter (`FusedSeqLoss` only).
+        direction: ``"pred_to_target"``, or ``"both"`` for the mean of the two cross entropies, as CLIP has it.
+        negatives: Which rows of [B, T, D] input are each other's negatives: ``"all"`` B·T, the B rows of one
+            ``"step"``, or the T rows of one ``"sequence"``.
+        variance_target: γ of the variance term; default: the normalised targets' own deviation per dimension.
+        false_negative_margin: Not available yet.
+        positives: ``"diagonal"``; ``"ids"`` is not available yet.
+        update_every: Update the state of the weighting every so many calls.
+        monitor: Names of terms with λ = 0 to compute and report without a gradient.
+        process_group: Not available yet.
+        gather_negatives: Not available yet.
+        backend: ``"cpu"`` or ``"reference"``; default: the environment variable AMN_KERNELS_BACKEND, else the best
+            one that can do what is asked.
+        chunk_bytes: Most bytes of scratch memory for similarities; default 8 MiB. More never changes the result
+            beyond rounding.
+        check_finite: Raise on NaN or Inf in a row that counts, instead of returning a NaN loss. Synchronises.
+
+    Raises:
+        ValueError: A value is outside what is stated above; the message names the option and what was got.
+        NotImplementedError: An option that this version does not have yet.
+    """
+
+    mse: float = 1.0
+    cosine: float = 0.0
+    infonce: float = 0.0
+    moment: float = 0.0
+    variance: float = 0.0
+    weighting: str | Callable = "fixed"
+    anchor: str | None = None
+    ema: float = 0.99
+    temperature: float = 0.07
+    learnable_temperature: bool = False
+    direction: str = "pred_to_target"
+    negatives: str = "all"
+    variance_target: float | None = None
+    false_negative_margin: float | None = None
+    positives: str = "diagonal"
+    update_every: int = 1
+    monitor: tuple[str, ...] = ()
+    process_group: Any = None
+    gather_negatives: bool = False
+    backend: str | None = None
+    chunk_bytes: int | None = None
+    check_finite: bool = False
+
+    # Derived once, because every call reads them.
+    enabled: tuple[str, ...] = field(init=False)
+    """Names of the terms with a weight > 0, in the order of `TERMS`."""
+    terms: tuple[str, ...] = field(init=False)
+    """Names of the terms to compute, in the same order: the enabled and the monitored ones."""
+    lambdas: tuple[float, ...] = field(init=False)
+    """λ of each of `terms`; 0 for a monitored one."""
+
+    def __post_init__(self):
+        for term in TERMS:
+            weight = _number(term, getattr(self, term))
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"{term} must be a finite weight >= 0, got {weight}")
+        object.__setattr__(self, "enabled", tuple(term for term in TERMS if getattr(self, term) > 0))
+        if not self.enabled:
+            raise ValueError(f"all weights are 0; at least one of {', '.join(TERMS)} must be positive")
+        if not (math.isfinite(_number("temperature", self.temperature)) and self.temperature > 0):
+            raise ValueError(f"temperature must be finite and > 0, got {self.temperature}")
+        if not 0 <= _number("ema", self.ema) < 1:
+            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
+        for option, choices in _CHOICES.items():
+            if getattr(self, option) not in choices:
+                raise ValueError(f"{option} must be one of {', '.join(choices)}, got {getattr(self, option)!r}")
+        for option in ("update_every", "chunk_bytes"):
+            value = getattr(self, option)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{option} must be a whole number >= 1, got {value!r}")
+        if self.variance_target is not None and not _number("variance_target", self.variance_target) > 0:
+            raise ValueError(f"variance_target must be > 0 or None, got {self.variance_target}")
+        self._check_term_names()
+        self._check_available()
+        terms = tuple(term for term in TERMS if term in self.enabled or term in self.monitor)
+        object.__setattr__(self, "terms", terms)
+        object.__setattr__(self, "lambdas", tuple(float(getattr(self, term)) for term in terms))
+
+    def _check_term_names(self):
+        if isinstance(self.monitor, str):
+            raise ValueError(f"monitor must be a tuple of term names, got the string {self.monitor!r}")
+        object.__setattr__(self, "monitor", tuple(self.monitor))
+        for name in self.monitor:
+            if name not in TERMS:
+                raise ValueError(f"monitor must name terms of {', '.join(TERMS)}, got {name!r}")
+            if name in self.enabled:
+                raise ValueError(f"monitor names {name!r}, which has weight {getattr(self, name)}; monitor is for weight 0")
+        if self.anchor is not None and self.anchor not in self.enabled:
+            raise ValueError(f"anchor must be a term with a weight > 0 ({', '.join(self.enabled)}), got {self.anchor!r}")
+
+    def _check_available(self):
+        if not (callable(self.weighting) or self.weighting in ("fixed", "value", "gradient")):
+            raise ValueError(f"weighting must be fixed, value, gradient or a callable, got {self.weighting!r}")
+        if self.weighting != "fixed":
+            raise NotImplementedError(f"weighting={self.weighting!r} {_NOT_YET}; use weighting='fixed'")
+        if self.false_negative_margin is not None:
+            raise NotImplementedError(f"false_negative_margin {_NOT_YET}")
+        if self.positives != "diagonal":
+            raise NotImplementedError(f"positives={self.positives!r} {_NOT_YET}; use positives='diagonal'")
+        if self.process_group is not None or self.gather_negatives:
+            raise NotImplementedError(f"process_group / gather_negatives {_NOT_YET}")
+
+
+def _number(option: str, value: Any) -> float:
+    """`value` as it is if it is a real number; raises ValueError naming the option otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{option} must be a number, got {value!r}")
+    return value

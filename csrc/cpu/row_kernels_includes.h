@@ -1,0 +1,10 @@
+// What row_kernels.inl needs.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "../row_scalars.h"
+#include "row_kernels.h"

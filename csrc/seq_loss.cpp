@@ -1,0 +1,253 @@
+// The algorithm, device-agnostic: vendor matrix products plus the primitives of primitives.h.
+//
+//   forward   row_stats                      norms, distances, 1 - cos of every row
+//             per chunk of rows, block of keys:
+//               S = P K^T                    vendor GEMM
+//               softmax_rows_(S)             in place
+//               O = rescale O + S K          vendor GEMM, with gradients only
+//             row_dots(O)                    o, and the scalars for norms and angles of the term gradients
+//             term_sums                      values, Gram matrix, metrics
+//   backward  row_combine                    grad = a p + b d + c o
+//
+// No N x N matrix and no normalised copy exist: norms are folded into softmax_rows_.
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <string>
+#include <tuple>
+
+#include "primitives.h"
+
+namespace amn {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Rows of a chunk. Fewer would re-read all keys for little work, more would push S out of the cache.
+constexpr int64_t kChunkRows = 512;
+constexpr int64_t kMinBlockKeys = 64;
+
+const Primitives& primitives(const Tensor& x) {
+  TORCH_CHECK(x.device().is_cpu(), "amn_kernels: no compiled primitives for device ", x.device());
+  return cpu::primitives;
+}
+
+TermList term_list(at::IntArrayRef terms, at::IntArrayRef monitored) {
+  TORCH_CHECK(terms.size() <= kMaxTerms, "at most ", kMaxTerms, " terms, got ", terms.size());
+  TermList list;
+  for (const int64_t term : terms) {
+    TORCH_CHECK(term >= 0 && term < kMaxTerms, "terms must be in [0, ", kMaxTerms, "), got ", term);
+    list.term[list.size] = term;
+    list.differentiable[list.size++] = std::find(monitored.begin(), monitored.end(), term) == monitored.end();
+  }
+  return list;
+}
+
+// The rows of a [..., D] tensor, read chunk by chunk in the dtype that is computed in.
+class Rows {
+ public:
+  Rows(const Tensor& x, at::ScalarType real) : x_(x.reshape({-1, x.size(-1)})), real_(real) {}
+
+  int64_t size() const { return x_.size(0); }
+
+  // True if chunks are views: nothing has to be widened or made contiguous along D.
+  bool direct() const { return x_.scalar_type() == real_ && (x_.stride(1) == 1 || x_.size(1) == 1); }
+
+  Tensor chunk(int64_t begin, int64_t count) const {  // [count, D] real
+    const Tensor view = begin == 0 && count == size() ? x_ : x_.narrow(0, begin, count);
+    if (direct()) return view;
+    return view.to(real_, /*non_blocking=*/false, /*copy=*/false, at::MemoryFormat::Contiguous);
+  }
+
+ private:
+  Tensor x_;  // [N, D]
+  at::ScalarType real_;
+};
+
+// Calls f(begin, count) for chunks of rows: all at once where no scratch memory is needed for them.
+template <class F>
+void for_chunks(int64_t rows, bool all_at_once, const F& f) {
+  const int64_t step = all_at_once ? rows : kChunkRows;
+  for (int64_t begin = 0; begin < rows; begin += step) f(begin, std::min(step, rows - begin));
+}
+
+// Keys per block of similarities so that the scratch memory of a chunk stays within the budget.
+int64_t block_keys(int64_t chunk_rows, int64_t keys, int64_t dim, bool widened, int64_t itemsize, int64_t budget) {
+  const int64_t fixed = widened ? chunk_rows * dim : 0;
+  const int64_t per_key = chunk_rows + (widened ? dim : 0);
+  const int64_t fits = (budget / itemsize - fixed) / per_key;
+  return std::clamp<int64_t>(fits, std::min(kMinBlockKeys, keys), keys);
+}
+
+// Fills kMax and kOthers of `rows`; returns o [N, D], or an empty tensor without gradients.
+Tensor attend(
+    const Primitives& prim, const Rows& pred, const Rows& target, const Tensor& rows, int64_t dim, double temperature,
+    int64_t chunk_bytes, bool with_gradient, const at::TensorOptions& real) {
+  const int64_t n = pred.size();
+  const int64_t chunk_rows = std::min(kChunkRows, n);
+  const int64_t itemsize = static_cast<int64_t>(real.dtype().itemsize());
+  const int64_t keys = block_keys(chunk_rows, n, dim, !target.direct(), itemsize, chunk_bytes);
+
+  const Tensor key_scale = rows.select(0, kInvTarget).to(real.dtype());  // [N]
+  const Tensor rescale = at::empty({chunk_rows, 1}, real);
+  const Tensor scratch = at::empty({chunk_rows * keys}, real);
+  const Tensor attention = with_gradient ? at::empty({n, dim}, real) : at::empty({0}, real);
+
+  Tensor block = target.chunk(0, keys);
+  for_chunks(n, n <= kChunkRows, [&](int64_t begin, int64_t count) {
+    const Tensor queries = pred.chunk(begin, count);
+    const Tensor chunk_scalars = rows.narrow(1, begin, count);
+    const Tensor chunk_rescale = rescale.narrow(0, 0, count);
+    Tensor out = with_gradient ? attention.narrow(0, begin, count) : attention;
+    for (int64_t first = 0; first < n; first += keys) {
+      const int64_t width = std::min(keys, n - first);
+      if (keys < n) block = target.chunk(first, width);
+      Tensor logits = scratch.narrow(0, 0, count * width).view({count, width});
+      at::mm_out(logits, queries, block.t());
+      prim.softmax_rows_(
+          logits, key_scale.narrow(0, first, width), chunk_scalars, chunk_rescale, begin - first, temperature);
+      if (!with_gradient) continue;
+      if (first == 0) {
+        at::mm_out(out, logits, block);
+      } else {
+        out.mul_(chunk_rescale);
+        at::addmm_out(out, out, logits, block);
+      }
+    }
+    if (with_gradient) prim.row_dots(queries, target.chunk(begin, count), out, chunk_scalars, temperature);
+  });
+  return attention;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> seq_loss_forward(
+    const Tensor& pred, const Tensor& target, at::IntArrayRef term_ids, at::IntArrayRef monitored,
+    double temperature, int64_t chunk_bytes, bool with_gradient) {
+  const TermList terms = term_list(term_ids, monitored);
+  const Primitives& prim = primitives(pred);
+  const bool wide = pred.scalar_type() == at::kDouble || target.scalar_type() == at::kDouble;
+  const auto real = pred.options().dtype(wide ? at::kDouble : at::kFloat);
+  const int64_t dim = pred.size(-1);
+  const Rows p(pred, wide ? at::kDouble : at::kFloat), t(target, wide ? at::kDouble : at::kFloat);
+  const int64_t n = p.size();
+
+  const Tensor rows = at::empty({kRowScalars, n}, pred.options().dtype(at::kDouble));
+  for_chunks(n, p.direct() && t.direct(), [&](int64_t begin, int64_t count) {
+    prim.row_stats(p.chunk(begin, count), t.chunk(begin, count), rows.narrow(1, begin, count));
+  });
+
+  Tensor attention = at::empty({0}, real);
+  if (const int64_t index = terms.find(kInfonce); index >= 0) {
+    rows.select(0, kMax).fill_(-std::numeric_limits<double>::infinity());
+    rows.select(0, kOthers).zero_();
+    const bool attends = with_gradient && terms.differentiable[index];
+    attention = attend(prim, p, t, rows, dim, temperature, chunk_bytes, attends, real);
+  }
+  const Tensor values = at::empty({terms.size}, real);
+  const Tensor gram = with_gradient ? at::empty({terms.size, terms.size}, real) : at::empty({0, 0}, real);
+  const Tensor metrics = at::empty({kMetrics}, real);
+  prim.term_sums(rows, terms, dim, temperature, values, gram, metrics);
+  return {values, gram, metrics, rows, attention};
+}
+
+Tensor seq_loss_backward(
+    const Tensor& grad_values, const Tensor& pred, const Tensor& target, const Tensor& rows, const Tensor& attention,
+    at::IntArrayRef term_ids, at::IntArrayRef monitored, double temperature) {
+  const TermList terms = term_list(term_ids, monitored);
+  const Primitives& prim = primitives(pred);
+  const at::ScalarType real = attention.scalar_type();
+  const Rows p(pred, real), t(target, real);
+  const Tensor grad = at::empty(pred.sizes(), pred.options().memory_format(at::MemoryFormat::Contiguous));
+  const Tensor grad_rows = grad.view({p.size(), pred.size(-1)});
+  const Tensor weights = grad_values.to(real).contiguous();
+  const bool direct = p.direct() && t.direct() && grad.scalar_type() == real;
+  for_chunks(p.size(), direct, [&](int64_t begin, int64_t count) {
+    const Tensor out = grad_rows.narrow(0, begin, count);
+    const Tensor result = out.scalar_type() == real ? out : at::empty(out.sizes(), attention.options());
+    prim.row_combine(
+        weights, p.chunk(begin, count), t.chunk(begin, count),
+        attention.numel() ? attention.narrow(0, begin, count) : attention, rows.narrow(1, begin, count), terms,
+        p.size(), temperature, result);
+    if (!result.is_same(out)) out.copy_(result);
+  });
+  return grad;
+}
+
+// The dispatcher's handles on the two halves, so that tracing sees them as ops.
+const auto& forward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("amn_kernels::_seq_loss_forward", "")
+                             .typed<decltype(seq_loss_forward)>();
+  return op;
+}
+
+const auto& backward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("amn_kernels::_seq_loss_backward", "")
+                             .typed<decltype(seq_loss_backward)>();
+  return op;
+}
+
+class SeqLoss : public torch::autograd::Function<SeqLoss> {
+ public:
+  static variable_list forward(
+      AutogradContext* ctx, const Tensor& pred, const Tensor& target, at::IntArrayRef terms, at::IntArrayRef monitored,
+      double temperature, int64_t chunk_bytes) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [values, gram, metrics, rows, attention] =
+        forward_op().call(pred, target, terms, monitored, temperature, chunk_bytes, /*with_gradient=*/true);
+    ctx->save_for_backward({pred, target, rows, attention});
+    ctx->saved_data["terms"] = terms;
+    ctx->saved_data["monitored"] = monitored;
+    ctx->saved_data["temperature"] = temperature;
+    ctx->mark_non_differentiable({gram, metrics});
+    return {values, gram, metrics};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto grad = [&] {
+      return backward_op().call(
+          grads[0], saved[0], saved[1], saved[2], saved[3], ctx->saved_data["terms"].toIntVector(),
+          ctx->saved_data["monitored"].toIntVector(), ctx->saved_data["temperature"].toDouble());
+    };
+    variable_list result(6);
+    if (at::GradMode::is_enabled()) {
+      result[0] = grad();  // create_graph: the op's own autograd formula, registered in Python, goes on from here
+    } else {
+      at::AutoDispatchBelowADInplaceOrView below;
+      result[0] = grad();
+    }
+    return result;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> seq_loss(
+    const Tensor& pred, const Tensor& target, at::IntArrayRef terms, at::IntArrayRef monitored, double temperature,
+    int64_t chunk_bytes) {
+  if (!at::GradMode::is_enabled() || !(pred.requires_grad() || target.requires_grad())) {
+    auto [values, gram, metrics, rows, attention] =
+        forward_op().call(pred, target, terms, monitored, temperature, chunk_bytes, /*with_gradient=*/false);
+    return {values, gram, metrics};
+  }
+  TORCH_CHECK(!target.requires_grad(), "amn_kernels::seq_loss has no gradient for target; use the reference backend");
+  const auto out = SeqLoss::apply(pred, target, terms, monitored, temperature, chunk_bytes);
+  return {out[0], out[1], out[2]};
+}
+
+TORCH_LIBRARY_IMPL(amn_kernels, CompositeImplicitAutograd, m) {
+  m.impl("seq_loss", seq_loss);
+  m.impl("_cpu_isa", [] { return std::string(cpu::isa()); });
+}
+
+TORCH_LIBRARY_IMPL(amn_kernels, CPU, m) {
+  m.impl("_seq_loss_forward", seq_loss_forward);
+  m.impl("_seq_loss_backward", seq_loss_backward);
+}
+
+}  // namespace
+}  // namespace amn
