@@ -1,0 +1,1 @@
+"""Training, evaluation and demo of next-vector predictors; needs the `train` extra."""

@@ -1,0 +1,112 @@
+"""The files of a run: config.json, history.jsonl, best.safetensors and last.safetensors, each written atomically."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import nn
+
+from amn_kernels.train.config import TrainConfig
+from amn_kernels.train.models import build_model
+
+CONFIG, HISTORY, BEST, LAST = "config.json", "history.jsonl", "best.safetensors", "last.safetensors"
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Writes a file so that at every moment, a crash included, `path` holds the old content or the new one whole."""
+    data = content.encode() if isinstance(content, str) else content
+    # In the same folder, because a rename is atomic only within one file system.
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files for the owner alone; a run's files get the usual permissions.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Holds Ctrl-C back until the block is done, so that files written together stay in step."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received = []
+    previous = signal.signal(signal.SIGINT, lambda *_: received.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if received:
+        raise KeyboardInterrupt
+
+
+def prepare_folder(out: Path, overwrite: bool) -> None:
+    """Makes the folder. FileExistsError if it isn't empty and `overwrite` is off; else an earlier run's files go."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file, --out needs a folder")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise FileExistsError(f"{out} isn't empty: choose another --out, or --overwrite to replace the run in it")
+    out.mkdir(parents=True, exist_ok=True)
+    # An old checkpoint beside a new config would pass for the new run's.
+    for name in (CONFIG, HISTORY, BEST, LAST):
+        (out / name).unlink(missing_ok=True)
+
+
+def save_config(out: Path, config: TrainConfig, dim: int, context: int) -> None:
+    """config.json: every option, and the data's D (`dim`) and T (`context`), which the model is built from."""
+    values = {
+        name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()
+    }
+    values["data"] = None if config.data is None else str(config.data.resolve())
+    write_atomically(out / CONFIG, json.dumps(values | {"dim": dim, "context": context}, indent=2) + "\n")
+
+
+def save_epoch(out: Path, model: nn.Module, history: list[dict], is_best: bool) -> None:
+    """Writes the checkpoint(s) and the history, one JSON object a line and epoch."""
+    checkpoint = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
+    write_atomically(out / LAST, checkpoint)
+    if is_best:
+        write_atomically(out / BEST, checkpoint)
+    write_atomically(out / HISTORY, "".join(json.dumps(row) + "\n" for row in history))
+
+
+def load_run(out: Path) -> tuple[TrainConfig, int, int, nn.Module]:
+    """Config, D, T and best model (in eval mode) of a run; FileNotFoundError or ValueError naming the file at fault."""
+    for name in (CONFIG, BEST):
+        if not (out / name).is_file():
+            raise FileNotFoundError(f"{out / name}: no such file, {out} holds no trained run")
+    try:
+        values = json.loads((out / CONFIG).read_text())
+        dim, context = values.pop("dim"), values["context"]
+        values["data"] = None if values["data"] is None else Path(values["data"])
+        config = TrainConfig(**values | {"out": Path(values["out"])})
+        model = build_model(config.model, dim)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{out / CONFIG}: not a run's configuration ({error})") from error
+    try:
+        model.load_state_dict(load((out / BEST).read_bytes()))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{out / BEST}: damaged, or not a {config.model} checkpoint ({error})") from error
+    return config, dim, context, model.eval()
+
+
+def load_history(out: Path) -> list[dict]:
+    """The epochs of history.jsonl, first to last."""
+    return [json.loads(line) for line in (out / HISTORY).read_text().splitlines()]

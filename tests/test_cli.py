@@ -1,0 +1,148 @@
+"""The command line: exit codes, messages, and training and evaluation end to end on users' files."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from amn_kernels import cli
+
+
+@pytest.fixture
+def user_file(tmp_path, request):
+    """A user's NPZ in the form named by the parameter: articles of 12 noisy copies of one vector."""
+    order = np.random.default_rng(0)
+    vectors = np.repeat(order.standard_normal((30, 8)), 12, axis=0) + 0.3 * order.standard_normal((360, 8))
+    vectors = vectors.astype(np.float32)
+    path = tmp_path / "user.npz"
+    if getattr(request, "param", "vectors") == "vectors":
+        np.savez(path, vectors=vectors, article=np.repeat(np.arange(30), 12))
+    else:
+        starts = np.arange(355)
+        np.savez_compressed(path, contexts=vectors[starts[:, None] + np.arange(5)], targets=vectors[starts + 5])
+    return path
+
+
+@pytest.mark.parametrize("user_file", ["vectors", "windows"], indirect=True)
+def test_train_and_evaluate_a_users_file(user_file, tmp_path, capsys):
+    out, figures = tmp_path / "run", tmp_path / "figures.json"
+    options = ["--data", str(user_file), "--out", str(out), "--epochs", "2", "--lambda-info", "0.01", "--threads", "1"]
+    assert cli.main(["train", *options]) == 0
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in history] == [1, 2]
+    assert history[0]["weight_infonce"] == pytest.approx(0.01)
+    assert "best epoch" in capsys.readouterr().out
+
+    assert cli.main(["evaluate", str(out), "--json", str(figures)]) == 0
+    printed = capsys.readouterr().out
+    content = json.loads(figures.read_text())
+    # D = 8 doesn't match the bundled documentation, so there is no second set.
+    (evaluation,) = content["evaluations"]
+    best = max(row["validation_cosine"] for row in history)
+    assert evaluation["metrics"]["run"]["cosine"] == pytest.approx(best, abs=1e-6)
+    for name in ("mean of context", "copy last", "training mean", "mean-last mix"):
+        assert name in printed
+        assert f"{evaluation['metrics'][name]['excluded_hit@10']:.3f}" in printed
+
+    other = ["--split", "test", "--ood", str(user_file), "--json", str(figures)]
+    assert cli.main(["evaluate", str(out), *other]) == 0
+    names = [evaluation["name"] for evaluation in json.loads(figures.read_text())["evaluations"]]
+    assert [name.removeprefix(str(user_file)) for name in names] == [", test", ", out of distribution"]
+
+
+def failing(arguments: list[str], capsys) -> str:
+    """Runs a command that must fail cleanly; returns its one line."""
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("amn-kernels: error: ")
+    return captured.err
+
+
+def test_expected_errors_are_one_line_and_exit_2(user_file, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    assert "nowhere.npz: no such file" in failing(["train", "--data", "nowhere.npz", "--out", out], capsys)
+    assert "nowhere/config.json" in failing(["evaluate", "nowhere"], capsys)
+    assert "epochs must be at least 1" in failing(["train", "--epochs", "0"], capsys)
+    assert "all weights are 0" in failing(["train", "--lambda-mse", "0", "--out", out], capsys)
+    assert "unknown model 'rnn'" in failing(["train", "--model", "rnn", "--out", out], capsys)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("")
+    assert "isn't empty" in failing(["train", "--data", str(user_file), "--out", str(tmp_path / "used")], capsys)
+    assert "isn't empty" in failing(["demo", "--out", str(tmp_path / "used")], capsys)
+
+
+def test_evaluate_refuses_windows_of_another_size(user_file, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(["train", "--data", str(user_file), "--out", str(out), "--epochs", "1", "--context", "4"]) == 0
+    capsys.readouterr()
+    wide = tmp_path / "wide.npz"
+    np.savez(wide, vectors=np.ones((60, 9), np.float32), article=np.repeat(np.arange(10), 6))
+    for option in ("--data", "--ood"):
+        message = failing(["evaluate", str(out), option, str(wide)], capsys)
+        assert f"{wide}: windows of 4 vectors of size 9, but the run was trained on 4 of size 8" in message
+
+
+def test_interrupt_exits_130_without_a_traceback(user_file, tmp_path, capsys, monkeypatch):
+    from amn_kernels.train import trainer
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "train_epoch", interrupted)
+    assert cli.main(["train", "--data", str(user_file), "--out", str(tmp_path / "run")]) == 130
+    captured = capsys.readouterr()
+    assert "no epoch was finished" in captured.out
+    assert captured.err == "interrupted\n"
+
+
+def test_defaults_are_the_documented_ones():
+    from amn_kernels.train.config import TrainConfig
+
+    config = TrainConfig()
+    assert (config.lambda_mse, config.lambda_cosine, config.lambda_info) == (1.0, 0.0, 0.0)
+    assert (config.lambda_moment, config.lambda_variance) == (0.0, 0.0)
+    assert (config.epochs, config.lr, config.batch_size, config.temperature, config.seed) == (20, 5e-4, 32, 0.07, 0)
+
+
+# Makes the train extra unimportable, then runs the command line in a fresh interpreter.
+WITHOUT_EXTRA = """
+import importlib.util, sys
+from amn_kernels import cli
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name in cli.TRAIN_EXTRA else find(name, package)
+sys.modules.update(dict.fromkeys(cli.TRAIN_EXTRA))
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize(("command", "code"), [("info", 0), ("train", 2), ("--help", 2)])
+def test_without_the_train_extra_only_info_works(command, code):
+    run = subprocess.run([sys.executable, "-c", WITHOUT_EXTRA, command], capture_output=True, text=True)
+    assert run.returncode == code, run.stderr
+    if command == "info":
+        assert "reference" in run.stdout
+    else:
+        assert run.stderr.count("\n") == 1
+        assert "pip install 'amn-kernels[train]'" in run.stderr
+
+
+def test_help_lists_every_subcommand_and_flag(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    for flag in ("--lambda-mse", "--lambda-info", "--lambda-moment", "--batch-size", "--data", "--overwrite"):
+        assert flag in printed
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("info", "train", "evaluate", "demo"))
+
+
+def test_unknown_flag_exits_2():
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--lambda-mes", "1"])
+    assert caught.value.code == 2

@@ -1,0 +1,299 @@
+"""Training: files, history, repeatability, interruption; and the writing of a run's files."""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from amn_kernels.train import runs, trainer
+from amn_kernels.train.config import TrainConfig
+from amn_kernels.train.runs import interrupts_deferred, load_history, load_run, prepare_folder, write_atomically
+from amn_kernels.train.trainer import make_batches, train
+
+RUN_FILES = ["best.safetensors", "config.json", "history.jsonl", "last.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Vectors that a trained model can predict better than the mean: each is the last one, turned by a fixed angle."""
+    order = np.random.default_rng(0)
+    angle, dim = 0.9, 8
+    turn = np.kron(np.eye(dim // 2), [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    vectors = []
+    for _ in range(40):
+        vector = order.standard_normal(dim)
+        for _ in range(12):
+            vectors.append(vector / np.linalg.norm(vector))
+            vector = turn @ vector
+    path = tmp_path_factory.mktemp("data") / "turns.npz"
+    np.savez(path, vectors=np.array(vectors, dtype=np.float32), article=np.repeat(np.arange(40), 12))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def config_of(data, out, **changes) -> TrainConfig:
+    return dataclasses.replace(TrainConfig(data=data, out=out, epochs=3, batch_size=16, lr=2e-3), **changes)
+
+
+def test_training_beats_the_mean_of_the_context_where_there_is_something_to_learn(data, tmp_path):
+    history = train(config_of(data, tmp_path / "run", epochs=12), quiet())
+    # The mean of vectors on a circle points to its middle: an untrained model's cosine is negative here.
+    assert history[-1]["validation_cosine"] > 0.8
+
+
+def test_history_and_files(data, tmp_path):
+    out = tmp_path / "run"
+    console = quiet()
+    history = train(config_of(data, out, lambda_mse=0.5, lambda_info=0.25, lambda_cosine=0.125), console)
+    assert sorted(path.name for path in out.iterdir()) == RUN_FILES
+    assert load_history(out) == history
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    lambdas = {"mse": 0.5, "infonce": 0.25, "cosine": 0.125}
+    for row in history:
+        assert {name for name in row if name.startswith("loss_")} == {f"loss_{term}" for term in lambdas}
+        for term, weight in lambdas.items():
+            assert row[f"weight_{term}"] == pytest.approx(weight)
+            assert row[f"contribution_{term}"] == pytest.approx(weight * row[f"loss_{term}"], rel=1e-5)
+        assert row["lr"] == 2e-3
+    lines = [line for line in console.file.getvalue().splitlines() if line.startswith("epoch")]
+    assert len(lines) == 3
+    for line, row in zip(lines, history, strict=True):
+        assert f"infonce {row['loss_infonce']:.4g} x 0.25 = {row['contribution_infonce']:.4g}" in line
+        assert f"cosine train {row['train_cosine']:.4f} validation {row['validation_cosine']:.4f}" in line
+
+
+def test_best_checkpoint_is_the_epoch_with_the_best_validation_cosine(data, tmp_path):
+    out = tmp_path / "run"
+    history = train(config_of(data, out, epochs=4, lambda_info=5.0, lr=0.05), quiet())
+    best = max(history, key=lambda row: row["validation_cosine"])
+    assert [row["epoch"] for row in history if row["is_best"]][-1] == best["epoch"]
+    _, dim, context, model = load_run(out)
+    assert (dim, context, model.training) == (8, 5, False)
+    windows = trainer.load_windows(data)
+    rows = trainer.split_windows(windows).validation
+    assert trainer.mean_cosine(model, windows, rows) == pytest.approx(best["validation_cosine"], abs=1e-6)
+    model.load_state_dict(load_file(out / "last.safetensors"))
+    assert trainer.mean_cosine(model, windows, rows) == pytest.approx(history[-1]["validation_cosine"], abs=1e-6)
+
+
+def test_same_seed_same_run_other_seed_other_run(data, tmp_path):
+    results = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        history = train(config_of(data, tmp_path / name, seed=seed, lambda_info=0.1), quiet())
+        rows = [{key: value for key, value in row.items() if key != "seconds"} for row in history]
+        results.append((rows, (tmp_path / name / "last.safetensors").read_bytes()))
+    assert results[0] == results[1]
+    assert results[0][0] != results[2][0]
+
+
+def test_early_stopping_counts_epochs_without_a_better_cosine(data, tmp_path, monkeypatch):
+    # Validation and training cosine of epochs 1, 2, ...
+    cosines = iter([0.1, 0, 0.3, 0, 0.2, 0, 0.3, 0, 0.9, 0])
+    monkeypatch.setattr(trainer, "mean_cosine", lambda *_: next(cosines))
+    history = train(config_of(data, tmp_path / "run", epochs=20, patience=2), quiet())
+    assert [row["is_best"] for row in history] == [True, True, False, False]
+
+
+def test_learning_rate_is_halved_on_a_plateau(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "mean_cosine", lambda *_: 0.5)
+    history = train(config_of(data, tmp_path / "run", epochs=6, patience=0), quiet())
+    # Epoch 1 is the best; the third without a better one halves the rate of the next.
+    assert [row["lr"] for row in history] == [2e-3] * 4 + [1e-3] * 2
+
+
+def test_train_cosine_is_measured_like_the_validation_cosine(data, tmp_path, monkeypatch):
+    seen = []
+
+    def record(model, windows, rows, device):
+        seen.append((model.training, rows))
+        return 0.5
+
+    monkeypatch.setattr(trainer, "mean_cosine", record)
+    train(config_of(data, tmp_path / "run", epochs=2), quiet())
+    assert not any(training for training, _ in seen)
+    split = trainer.split_windows(trainer.load_windows(data))
+    for validation, subset in (seen[:2], seen[2:]):
+        np.testing.assert_array_equal(validation[1], split.validation)
+        assert len(subset[1]) == len(split.validation)
+        assert np.isin(subset[1], split.train).all()
+    np.testing.assert_array_equal(seen[1][1], seen[3][1])
+
+
+def test_batches_cover_the_rows_and_leave_out_a_short_last_one():
+    assert [batch.tolist() for batch in make_batches(np.arange(7), 3)] == [[0, 1, 2], [3, 4, 5]]
+    assert [batch.tolist() for batch in make_batches(np.arange(2), 3)] == [[0, 1]]
+
+
+def test_divergence_is_reported_and_leaves_no_checkpoint_of_it(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "mean_cosine", lambda *_: float("nan"))
+    with pytest.raises(FloatingPointError, match="diverged in epoch 1"):
+        train(config_of(data, tmp_path / "run"), quiet())
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json"]
+
+
+def test_a_folder_in_use_is_refused_and_overwrite_leaves_nothing_of_the_old_run(data, tmp_path):
+    out = tmp_path / "run"
+    train(config_of(data, out, epochs=2), quiet())
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        train(config_of(data, out), quiet())
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / "notes.txt").write_text("mine")
+    prepare_folder(out, overwrite=True)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    with pytest.raises(FileExistsError, match="is a file"):
+        prepare_folder(out / "notes.txt", overwrite=True)
+
+
+def test_bad_data_leaves_an_earlier_run_alone(data, tmp_path):
+    out = tmp_path / "run"
+    train(config_of(data, out, epochs=1), quiet())
+    with pytest.raises(FileNotFoundError):
+        train(config_of(tmp_path / "nowhere.npz", out, overwrite=True), quiet())
+    assert sorted(path.name for path in out.iterdir()) == RUN_FILES
+
+
+def test_interrupt_in_an_epoch_leaves_the_last_whole_one_and_says_so(data, tmp_path, monkeypatch):
+    out, console = tmp_path / "run", quiet()
+    epochs = iter(range(1, 9))
+
+    def interrupted(*arguments):
+        if next(epochs) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return trainer_epoch(*arguments)
+
+    trainer_epoch = trainer.train_epoch
+    monkeypatch.setattr(trainer, "train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config_of(data, out, epochs=8), console)
+    assert [row["epoch"] for row in load_history(out)] == [1, 2]
+    load_run(out)
+    assert "interrupted: the files of epoch 2 are whole" in console.file.getvalue().replace("\n", " ")
+
+
+def test_interrupt_while_saving_waits_until_all_files_are_in_step(data, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    written = []
+
+    def interrupting(path, content):
+        write_atomically(path, content)
+        written.append(path.name)
+        if written.count("last.safetensors") == 2 and path.name == "last.safetensors":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(runs, "write_atomically", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        train(config_of(data, out, epochs=8), quiet())
+    assert written[-1] == "history.jsonl"
+    assert [row["epoch"] for row in load_history(out)] == [1, 2]
+
+
+def test_deferred_interrupt_restores_the_handler():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), interrupts_deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("step", ["write", "fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch, step):
+    path = tmp_path / "file.json"
+    write_atomically(path, "old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    if step == "write":
+        monkeypatch.setattr(runs.os, "fdopen", fail)
+    else:
+        monkeypatch.setattr(runs.os, step, fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, "new and longer")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_process_killed_in_the_middle_of_a_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.json"
+    write_atomically(path, "old")
+    child = os.fork()
+    if child == 0:
+        # Between the bytes and the rename, the worst moment.
+        runs.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        write_atomically(path, "new")
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert path.read_text() == "old"
+
+
+def test_written_files_have_the_usual_permissions(tmp_path):
+    (tmp_path / "plain").write_text("")
+    write_atomically(tmp_path / "atomic", b"")
+    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_config_survives_the_round_trip(data, tmp_path):
+    config = config_of(data, tmp_path / "run", epochs=1, lambda_info=0.25)
+    train(config, quiet())
+    assert load_run(tmp_path / "run")[0] == config
+
+
+def test_damaged_runs_name_the_file(data, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
+        load_run(out)
+    train(config_of(data, out, epochs=1), quiet())
+    checkpoint = (out / "best.safetensors").read_bytes()
+    (out / "best.safetensors").write_bytes(checkpoint[:1000])
+    with pytest.raises(ValueError, match=r"best\.safetensors: damaged"):
+        load_run(out)
+    settings = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(settings | {"dim": 9}))
+    (out / "best.safetensors").write_bytes(checkpoint)
+    with pytest.raises(ValueError, match=r"best\.safetensors: damaged, or not a amn checkpoint"):
+        load_run(out)
+    (out / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json: not a run's configuration"):
+        load_run(out)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"patience": -1}, "patience must be at least 0"),
+        ({"lr": 0.0}, "lr must be positive and finite"),
+        ({"lr": float("nan")}, "lr must be positive and finite"),
+        ({"clip_norm": float("inf")}, "clip_norm must be positive and finite"),
+        ({"weight_decay": -1.0}, "weight_decay must be non-negative"),
+    ],
+)
+def test_options_that_cannot_be_trained_with(change, words):
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(**change)
+
+
+def test_unknown_device_is_refused(data, tmp_path):
+    with pytest.raises(ValueError, match="device 'abacus' can't be used"):
+        train(config_of(data, tmp_path / "run", device="abacus"), quiet())
+    assert not (tmp_path / "run").exists()
