@@ -39,7 +39,7 @@ def term_outputs(
     chunk_bytes: int,
 ) -> TermOutputs:
     """The fused op: see `amn_kernels.reference.term_outputs`, of which it serves a part (`backends` knows which)."""
-    values, gram, metrics = torch.ops.amn_kernels.seq_loss(
+    values, gram, metrics = torch.ops.amn_kernels.seq_loss.default(
         pred, target, [_TERM_IDS[t] for t in terms], [_TERM_IDS[t] for t in monitor], temperature, chunk_bytes
     )
     return TermOutputs(values, gram if gram.numel() else None, metrics)
@@ -58,7 +58,7 @@ def _forward_fake(pred, target, terms, monitored, temperature, chunk_bytes, with
         pred.new_empty([m, m] if with_gradient else [0, 0], dtype=real),
         pred.new_empty([_METRICS], dtype=real),
         pred.new_empty([_ROW_SCALARS, n], dtype=torch.float64),
-        pred.new_empty([n, dim] if attends else [0], dtype=real),
+        pred.new_empty([n if attends else 0, dim], dtype=real),
     )
 
 

@@ -34,16 +34,17 @@ struct TermList {
 
 // Matrices have unit stride along D; `real` is the dtype that is computed in, float32 or float64.
 struct Primitives {
-  // Fills kInvPred ... kPredDiff.
+  // Fills kInvPred ... kPredDiff, and starts kMax and kOthers for an empty set of keys.
   void (*row_stats)(
-      const at::Tensor& pred,    // [M, D] real
-      const at::Tensor& target,  // [M, D] real
-      const at::Tensor& rows);   // [kRowScalars, M]
+      const at::Tensor& pred,        // [M, D] real
+      const at::Tensor& target,      // [M, D] real
+      const at::Tensor& rows,        // [kRowScalars, M]
+      const at::Tensor& key_scale);  // [M] real, out: 1/|t|, in the dtype of the similarities
 
   // In place: logits hold p_i.k_j on entry and exp(s_ij - max_i)/|k_j| on return, 0 for the own key. Merges the block
   // into kMax and kOthers; what was summed with the former maximum must be multiplied by `rescale`.
   void (*softmax_rows_)(
-      const at::Tensor& logits,     // [M, K] real, contiguous
+      const at::Tensor& logits,     // [M, K] real
       const at::Tensor& key_scale,  // [K] real: 1/|k_j|
       const at::Tensor& rows,       // [kRowScalars, M]
       const at::Tensor& rescale,    // [M, 1] real, out
@@ -74,7 +75,7 @@ struct Primitives {
       const at::Tensor& grad_values,  // [m] real
       const at::Tensor& pred,         // [M, D] real
       const at::Tensor& target,       // [M, D] real
-      const at::Tensor& attention,    // [M, D] real, or empty without infonce
+      const at::Tensor& attention,    // [M, D] real, or [0, D] without infonce
       const at::Tensor& rows,         // [kRowScalars, M]
       const TermList& terms,
       int64_t total_rows,             // N

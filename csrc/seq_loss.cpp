@@ -15,7 +15,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <limits>
 #include <string>
 #include <tuple>
 
@@ -48,18 +47,29 @@ TermList term_list(at::IntArrayRef terms, at::IntArrayRef monitored) {
   return list;
 }
 
+// x[begin : begin + count], without the cost of a view where that is all of x.
+Tensor rows_of(const Tensor& x, int64_t begin, int64_t count) {
+  return count == x.size(0) ? x : x.narrow(0, begin, count);
+}
+
+// The same for row scalars [kRowScalars, N].
+Tensor scalars_of(const Tensor& rows, int64_t begin, int64_t count) {
+  return count == rows.size(1) ? rows : rows.narrow(1, begin, count);
+}
+
 // The rows of a [..., D] tensor, read chunk by chunk in the dtype that is computed in.
 class Rows {
  public:
-  Rows(const Tensor& x, at::ScalarType real) : x_(x.reshape({-1, x.size(-1)})), real_(real) {}
+  Rows(const Tensor& x, at::ScalarType real) : x_(x.dim() == 2 ? x : x.reshape({-1, x.size(-1)})), real_(real) {}
 
   int64_t size() const { return x_.size(0); }
+  int64_t dim() const { return x_.size(1); }
 
   // True if chunks are views: nothing has to be widened or made contiguous along D.
   bool direct() const { return x_.scalar_type() == real_ && (x_.stride(1) == 1 || x_.size(1) == 1); }
 
   Tensor chunk(int64_t begin, int64_t count) const {  // [count, D] real
-    const Tensor view = begin == 0 && count == size() ? x_ : x_.narrow(0, begin, count);
+    const Tensor view = rows_of(x_, begin, count);
     if (direct()) return view;
     return view.to(real_, /*non_blocking=*/false, /*copy=*/false, at::MemoryFormat::Contiguous);
   }
@@ -69,10 +79,8 @@ class Rows {
   at::ScalarType real_;
 };
 
-// Calls f(begin, count) for chunks of rows: all at once where no scratch memory is needed for them.
 template <class F>
-void for_chunks(int64_t rows, bool all_at_once, const F& f) {
-  const int64_t step = all_at_once ? rows : kChunkRows;
+void for_chunks(int64_t rows, int64_t step, const F& f) {
   for (int64_t begin = 0; begin < rows; begin += step) f(begin, std::min(step, rows - begin));
 }
 
@@ -86,31 +94,31 @@ int64_t block_keys(int64_t chunk_rows, int64_t keys, int64_t dim, bool widened, 
 
 // Fills kMax and kOthers of `rows`; returns o [N, D], or an empty tensor without gradients.
 Tensor attend(
-    const Primitives& prim, const Rows& pred, const Rows& target, const Tensor& rows, int64_t dim, double temperature,
-    int64_t chunk_bytes, bool with_gradient, const at::TensorOptions& real) {
-  const int64_t n = pred.size();
+    const Primitives& prim, const Rows& pred, const Rows& target, const Tensor& rows, const Tensor& key_scale,
+    double temperature, int64_t chunk_bytes, bool with_gradient) {
+  const auto real = key_scale.options();
+  const int64_t n = pred.size(), dim = pred.dim();
   const int64_t chunk_rows = std::min(kChunkRows, n);
-  const int64_t itemsize = static_cast<int64_t>(real.dtype().itemsize());
-  const int64_t keys = block_keys(chunk_rows, n, dim, !target.direct(), itemsize, chunk_bytes);
+  const int64_t keys = block_keys(chunk_rows, n, dim, !target.direct(), key_scale.itemsize(), chunk_bytes);
 
-  const Tensor key_scale = rows.select(0, kInvTarget).to(real.dtype());  // [N]
   const Tensor rescale = at::empty({chunk_rows, 1}, real);
-  const Tensor scratch = at::empty({chunk_rows * keys}, real);
-  const Tensor attention = with_gradient ? at::empty({n, dim}, real) : at::empty({0}, real);
+  const Tensor scratch = at::empty({chunk_rows, keys}, real);
+  const Tensor attention = at::empty({with_gradient ? n : 0, dim}, real);
 
   Tensor block = target.chunk(0, keys);
-  for_chunks(n, n <= kChunkRows, [&](int64_t begin, int64_t count) {
+  for_chunks(n, chunk_rows, [&](int64_t begin, int64_t count) {
     const Tensor queries = pred.chunk(begin, count);
-    const Tensor chunk_scalars = rows.narrow(1, begin, count);
-    const Tensor chunk_rescale = rescale.narrow(0, 0, count);
-    Tensor out = with_gradient ? attention.narrow(0, begin, count) : attention;
+    const Tensor chunk_scalars = scalars_of(rows, begin, count);
+    const Tensor chunk_rescale = rows_of(rescale, 0, count);
+    Tensor out = with_gradient ? rows_of(attention, begin, count) : attention;
     for (int64_t first = 0; first < n; first += keys) {
       const int64_t width = std::min(keys, n - first);
       if (keys < n) block = target.chunk(first, width);
-      Tensor logits = scratch.narrow(0, 0, count * width).view({count, width});
+      Tensor logits = rows_of(scratch, 0, count);
+      if (width < keys) logits = logits.narrow(1, 0, width);
       at::mm_out(logits, queries, block.t());
       prim.softmax_rows_(
-          logits, key_scale.narrow(0, first, width), chunk_scalars, chunk_rescale, begin - first, temperature);
+          logits, rows_of(key_scale, first, width), chunk_scalars, chunk_rescale, begin - first, temperature);
       if (!with_gradient) continue;
       if (first == 0) {
         at::mm_out(out, logits, block);
@@ -136,16 +144,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> seq_loss_forward(
   const int64_t n = p.size();
 
   const Tensor rows = at::empty({kRowScalars, n}, pred.options().dtype(at::kDouble));
-  for_chunks(n, p.direct() && t.direct(), [&](int64_t begin, int64_t count) {
-    prim.row_stats(p.chunk(begin, count), t.chunk(begin, count), rows.narrow(1, begin, count));
+  const Tensor key_scale = at::empty({n}, real);
+  for_chunks(n, p.direct() && t.direct() ? n : kChunkRows, [&](int64_t begin, int64_t count) {
+    prim.row_stats(
+        p.chunk(begin, count), t.chunk(begin, count), scalars_of(rows, begin, count), rows_of(key_scale, begin, count));
   });
 
-  Tensor attention = at::empty({0}, real);
+  Tensor attention;
   if (const int64_t index = terms.find(kInfonce); index >= 0) {
-    rows.select(0, kMax).fill_(-std::numeric_limits<double>::infinity());
-    rows.select(0, kOthers).zero_();
     const bool attends = with_gradient && terms.differentiable[index];
-    attention = attend(prim, p, t, rows, dim, temperature, chunk_bytes, attends, real);
+    attention = attend(prim, p, t, rows, key_scale, temperature, chunk_bytes, attends);
+  } else {
+    attention = at::empty({0, dim}, real);
   }
   const Tensor values = at::empty({terms.size}, real);
   const Tensor gram = with_gradient ? at::empty({terms.size, terms.size}, real) : at::empty({0, 0}, real);
@@ -165,12 +175,12 @@ Tensor seq_loss_backward(
   const Tensor grad_rows = grad.view({p.size(), pred.size(-1)});
   const Tensor weights = grad_values.to(real).contiguous();
   const bool direct = p.direct() && t.direct() && grad.scalar_type() == real;
-  for_chunks(p.size(), direct, [&](int64_t begin, int64_t count) {
-    const Tensor out = grad_rows.narrow(0, begin, count);
+  for_chunks(p.size(), direct ? p.size() : kChunkRows, [&](int64_t begin, int64_t count) {
+    const Tensor out = rows_of(grad_rows, begin, count);
     const Tensor result = out.scalar_type() == real ? out : at::empty(out.sizes(), attention.options());
     prim.row_combine(
         weights, p.chunk(begin, count), t.chunk(begin, count),
-        attention.numel() ? attention.narrow(0, begin, count) : attention, rows.narrow(1, begin, count), terms,
+        attention.size(0) ? rows_of(attention, begin, count) : attention, scalars_of(rows, begin, count), terms,
         p.size(), temperature, result);
     if (!result.is_same(out)) out.copy_(result);
   });
@@ -204,6 +214,7 @@ class SeqLoss : public torch::autograd::Function<SeqLoss> {
     ctx->saved_data["terms"] = terms;
     ctx->saved_data["monitored"] = monitored;
     ctx->saved_data["temperature"] = temperature;
+    ctx->set_materialize_grads(false);  // gram and metrics have no gradient; zeros for them would be made in vain
     ctx->mark_non_differentiable({gram, metrics});
     return {values, gram, metrics};
   }
@@ -216,6 +227,7 @@ class SeqLoss : public torch::autograd::Function<SeqLoss> {
           ctx->saved_data["monitored"].toIntVector(), ctx->saved_data["temperature"].toDouble());
     };
     variable_list result(6);
+    if (!grads[0].defined()) return result;  // nothing was computed from the values
     if (at::GradMode::is_enabled()) {
       result[0] = grad();  // create_graph: the op's own autograd formula, registered in Python, goes on from here
     } else {

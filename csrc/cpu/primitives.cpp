@@ -75,12 +75,13 @@ void parallel_rows(int64_t rows, int64_t cols, const F& f) {
   at::parallel_for(0, rows, grain, f);
 }
 
-void row_stats(const Tensor& pred, const Tensor& target, const Tensor& rows) {
+void row_stats(const Tensor& pred, const Tensor& target, const Tensor& rows, const Tensor& key_scale) {
   AT_DISPATCH_FLOATING_TYPES(pred.scalar_type(), "row_stats", [&] {
     const auto p = const_matrix<scalar_t>(pred), t = const_matrix<scalar_t>(target);
     const auto row_scalars = scalars(rows);
+    auto* scale = key_scale.data_ptr<scalar_t>();
     parallel_rows(pred.size(0), pred.size(1), [&](int64_t begin, int64_t end) {
-      kernels<scalar_t>().row_stats(p, t, row_scalars, begin, end);
+      kernels<scalar_t>().row_stats(p, t, row_scalars, scale, begin, end);
     });
   });
 }

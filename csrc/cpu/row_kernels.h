@@ -30,7 +30,8 @@ struct Coefficients {
 
 template <class T>
 struct RowKernels {
-  void (*row_stats)(Matrix<const T> pred, Matrix<const T> target, Scalars rows, int64_t begin, int64_t end);
+  void (*row_stats)(
+      Matrix<const T> pred, Matrix<const T> target, Scalars rows, T* key_scale, int64_t begin, int64_t end);
   void (*softmax_rows_)(
       Matrix<T> logits, const T* key_scale, Scalars rows, T* rescale, int64_t own, double temperature, int64_t begin,
       int64_t end);

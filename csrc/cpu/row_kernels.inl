@@ -44,12 +44,10 @@ struct First {
   int64_t lanes;
   AMN_INLINE Vector<T> load(const T* x, T fill = 0) const {
     Vector<T> v = Vector<T>{} + fill;
-    for (int64_t i = 0; i < lanes; ++i) v[i] = x[i];
+    std::memcpy(&v, x, lanes * sizeof(T));
     return v;
   }
-  AMN_INLINE void store(T* x, Vector<T> v) const {
-    for (int64_t i = 0; i < lanes; ++i) x[i] = v[i];
-  }
+  AMN_INLINE void store(T* x, Vector<T> v) const { std::memcpy(x, &v, lanes * sizeof(T)); }
 };
 
 // Calls f(i, access) for every vector of [begin, end).
@@ -112,7 +110,8 @@ double inverse_norm(double square) {
 }
 
 template <class T>
-void row_stats(Matrix<const T> pred, Matrix<const T> target, Scalars rows, int64_t begin, int64_t end) {
+void row_stats(
+    Matrix<const T> pred, Matrix<const T> target, Scalars rows, T* key_scale, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const T* p = pred.row(i);
     const T* t = target.row(i);
@@ -157,6 +156,9 @@ void row_stats(Matrix<const T> pred, Matrix<const T> target, Scalars rows, int64
     rows.at(kTargetTarget, i) = tt;
     rows.at(kDiffDiff, i) = dd;
     rows.at(kPredDiff, i) = pd;
+    rows.at(kMax, i) = -std::numeric_limits<double>::infinity();
+    rows.at(kOthers, i) = 0;
+    key_scale[i] = static_cast<T>(inv_target);
   }
 }
 

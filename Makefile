@@ -1,0 +1,51 @@
+# Every target does its own set-up in .venv and is quick when that is there.
+#
+#   make demo    train AMN on the bundled vectors with two losses and compare them (under 4 minutes after set-up)
+#   make test    the test suite              make test-full     the same on the full grid of shapes
+#   make lint    ruff                        make test-install  install into a fresh environment and test that
+#   make bench   speed and memory against eager PyTorch and torch.compile
+#   make build   environment and extension   make clean         remove all that was made
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
+
+.PHONY: demo test test-full test-install lint bench build clean
+
+demo: build
+	$(BIN)/amn-kernels demo
+
+test: build
+	$(BIN)/python -m pytest tests
+
+test-full: build
+	$(BIN)/python -m pytest tests --full
+
+test-install: build
+	PYTHON=$(PYTHON) sh tests/install.sh
+
+lint: $(VENV)/.dependencies
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: build
+	$(BIN)/python -m bench
+
+build: $(VENV)/.built
+
+$(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+# torch and numpy are needed before the build, which compiles against torch.
+$(VENV)/.dependencies: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt setuptools wheel torch numpy ninja
+	$(BIN)/pip install -q -c constraints.txt $$($(BIN)/python -c "import tomllib; \
+	  extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+	  print(*[item for group in extras.values() for item in group])" | sed "s/>=[^ ]*//g")
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs amn_kernels/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
