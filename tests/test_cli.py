@@ -65,6 +65,7 @@ def test_expected_errors_are_one_line_and_exit_2(user_file, tmp_path, capsys):
     out = str(tmp_path / "run")
     assert "nowhere.npz: no such file" in failing(["train", "--data", "nowhere.npz", "--out", out], capsys)
     assert "nowhere/config.json" in failing(["evaluate", "nowhere"], capsys)
+    assert "there is no folder" in failing(["evaluate", "nowhere", "--json", "nowhere/figures.json"], capsys)
     assert "epochs must be at least 1" in failing(["train", "--epochs", "0"], capsys)
     assert "all weights are 0" in failing(["train", "--lambda-mse", "0", "--out", out], capsys)
     assert "unknown model 'rnn'" in failing(["train", "--model", "rnn", "--out", out], capsys)

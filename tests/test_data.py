@@ -78,8 +78,9 @@ def test_windows_are_consecutive_rows_of_one_article(context):
 
 
 def test_an_article_number_that_comes_back_is_not_joined():
-    windows = IndexedWindows("rows", make_vectors(12), np.repeat([1, 2, 1], 4), context=3)
-    np.testing.assert_array_equal(windows.starts, [0, 4, 8])
+    # Rows 2 to 5 begin and end in article 1 with a row of article 2 between.
+    windows = IndexedWindows("rows", make_vectors(9), np.repeat([1, 2, 1], [4, 1, 4]), context=3)
+    np.testing.assert_array_equal(windows.starts, [0, 5])
 
 
 def test_split_is_by_article_disjoint_complete_and_seeded(tmp_path):

@@ -23,11 +23,13 @@ def words(mse_only: float, fixed: float, grad_norm: float) -> str:
 
 def test_verdict_follows_the_figures():
     text = words(mse_only=0.57, fixed=0.27, grad_norm=2000)
-    assert "MSE only against the untrained mean of the context: cosine higher (0.570, 0.550), hit@10 level" in text
-    assert "fixed 0.5/0.5 against the untrained mean of the context: cosine lower (0.270, 0.550)" in text
+    assert (
+        "MSE only, beside the untrained mean of the context: cosine higher (0.570 against 0.550), hit@10 level" in text
+    )
+    assert "fixed 0.5/0.5, beside the untrained mean of the context: cosine lower (0.270 against 0.550)" in text
     assert "2,000 times as hard as MSE: MSE was drowned, at the price of 0.280 in cosine" in text
     text = words(mse_only=0.551, fixed=0.56, grad_norm=2000)
-    assert "cosine level (0.551, 0.550)" in text
+    assert "cosine level (0.551 against 0.550)" in text
     assert "yet the cosine held" in text
     assert "drowned" not in text
     assert "drowned" not in words(mse_only=0.57, fixed=0.27, grad_norm=2)

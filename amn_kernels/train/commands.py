@@ -14,6 +14,11 @@ from amn_kernels.train.evaluate import evaluate_run, print_evaluations, save_eva
 from amn_kernels.train.trainer import train as run_training
 
 
+def make_console() -> Console:
+    """A console that prints paths as they are: no markup, no line breaks of its own inside text."""
+    return Console(soft_wrap=True, markup=False, highlight=False)
+
+
 def info() -> None:
     """Say which backends are available here, and why others aren't."""
     print(backends.info())
@@ -21,7 +26,7 @@ def info() -> None:
 
 def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
     """Train a next-vector predictor."""
-    run_training(config, Console())
+    run_training(config, make_console())
 
 
 def evaluate(
@@ -42,15 +47,17 @@ def evaluate(
         ood: NPZ file for the out-of-distribution figures; default: the bundled documentation, if its D is the run's.
         json: Also write the figures to this file.
     """
+    if json is not None and not json.parent.is_dir():
+        raise FileNotFoundError(f"{json}: there is no folder {json.parent}")
     baselines, evaluations = evaluate_run(run, data=data, split=split, ood=ood)
-    print_evaluations(Console(), baselines, evaluations)
+    print_evaluations(make_console(), baselines, evaluations)
     if json is not None:
         save_evaluations(json, baselines, evaluations)
 
 
 def demo(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> None:
     """Train AMN with MSE alone and with 0.5 MSE + 0.5 InfoNCE on the bundled vectors and compare; under 4 minutes."""
-    run_demo(config, Console())
+    run_demo(config, make_console())
 
 
 def run(arguments: list[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a next-vector predictor."""
+    """Options of `amn-kernels train`; the texts under the fields are its help."""
 
     model: str = "amn"
     """Name of the model."""

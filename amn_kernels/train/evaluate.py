@@ -104,8 +104,7 @@ def print_evaluations(console: Console, baselines: Baselines, evaluations: list[
         console.print(table)
     console.print(
         f"mean-last mix: {baselines.mean_coefficient:.3f} * mean of context + {baselines.last_coefficient:.3f} * last, "
-        "least squares on the training windows. excl.: the window's own context vectors aren't candidates.",
-        highlight=False,
+        "least squares on the training windows. excl.: the window's own context vectors aren't candidates."
     )
 
 

@@ -50,8 +50,7 @@ def train(config: TrainConfig, console: Console) -> list[dict]:
     save_config(config.out, config, windows.dim, windows.context)
     console.print(
         f"{config.model} on {windows.name}: {len(split.train):,} training, {len(split.validation):,} validation and "
-        f"{len(split.test):,} test windows of {windows.context} x {windows.dim}; files in {config.out}",
-        highlight=False,
+        f"{len(split.test):,} test windows of {windows.context} x {windows.dim}; files in {config.out}"
     )
 
     history: list[dict] = []
@@ -88,17 +87,15 @@ def train(config: TrainConfig, console: Console) -> list[dict]:
             with interrupts_deferred():
                 history.append(row | stats)
                 save_epoch(config.out, model, history, is_best)
-            console.print(epoch_line(history[-1], config.epochs), highlight=False, soft_wrap=True)
+            console.print(epoch_line(history[-1], config.epochs))
             if config.patience and epoch - best_epoch >= config.patience:
-                console.print(
-                    f"stopped early: no better validation cosine for {config.patience} epochs", highlight=False
-                )
+                console.print(f"stopped early: no better validation cosine for {config.patience} epochs")
                 break
     except KeyboardInterrupt:
         kept = f"the files of epoch {len(history)} are whole in {config.out}" if history else "no epoch was finished"
-        console.print(f"interrupted: {kept}", highlight=False)
+        console.print(f"interrupted: {kept}")
         raise
-    console.print(f"best epoch {best_epoch}, validation cosine {best_cosine:.4f}", highlight=False)
+    console.print(f"best epoch {best_epoch}, validation cosine {best_cosine:.4f}")
     return history
 
 
