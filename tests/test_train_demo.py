@@ -1,12 +1,18 @@
-"""The demo's measurements and words; the demo itself takes minutes and is run by hand."""
+"""The demo on a few articles, its measurements and its words."""
+
+import dataclasses
+import re
 
 import numpy as np
 import torch
 
-from amn_kernels.data import load_windows, split_windows
+from amn_kernels import cli
+from amn_kernels.data import load_bundled, load_windows, split_windows
+from amn_kernels.train import demo
 from amn_kernels.train.baselines import MEAN, mean_of_context
 from amn_kernels.train.demo import RUNS, Ratio, plot_cosines, probe_ratio, verdict
 from amn_kernels.train.evaluate import Evaluation
+from amn_kernels.train.runs import load_history
 
 MSE_ONLY, FIXED = (run.name for run in RUNS)
 
@@ -55,3 +61,24 @@ def test_plot_is_a_png(tmp_path):
     history = [{"epoch": 1, "validation_cosine": 0.5}, {"epoch": 2, "validation_cosine": 0.6}]
     plot_cosines(tmp_path / "plot.png", {"run": history}, baseline=0.55)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_on_a_few_articles(tmp_path, monkeypatch, capsys):
+    vectors, article = load_bundled("verses")
+    rows = article < 12
+    np.savez(tmp_path / "few.npz", vectors=vectors[rows], article=article[rows])
+    settings = dataclasses.replace(demo.SETTINGS, data=tmp_path / "few.npz", epochs=2, batch_size=64)
+    monkeypatch.setattr(demo, "SETTINGS", settings)
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for name in (MSE_ONLY, FIXED, MEAN, "copy last", "training mean", "mean-last mix"):
+        assert len(re.findall(rf"^ ?{re.escape(name)} .* 0\.\d\d\d", printed, flags=re.MULTILINE)) == 1, name
+    assert f"{FIXED}, beside the untrained mean of the context" in printed
+    assert (out / "validation-cosine.png").is_file()
+    weights = {run.folder: load_history(out / run.folder)[-1] for run in RUNS}
+    assert "weight_infonce" not in weights["mse"]
+    assert weights["fixed"]["weight_infonce"] == weights["fixed"]["weight_mse"] == 0.5
+    # A second demo needs consent to replace the first.
+    assert cli.main(["demo", "--out", str(out)]) == 2
+    assert "--overwrite" in capsys.readouterr().err

@@ -68,7 +68,7 @@ def demo(config: DemoConfig, console: Console) -> str:
     """Trains RUNS, prints table and verdict, writes the plot; returns the verdict. FileExistsError as in `train`."""
     prepare_folder(config.out, config.overwrite)
     models, ratios, histories = {}, {}, {}
-    windows, ood = load_windows(), load_windows(bundled="techdocs")
+    windows, ood = load_windows(SETTINGS.data), load_windows(bundled="techdocs")
     for run in RUNS:
         out = config.out / run.folder
         console.rule(run.name)
