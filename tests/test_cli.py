@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from amn_kernels import cli
+from amn_kernels.data import load_windows, split_windows
 
 
 @pytest.fixture
@@ -48,8 +49,11 @@ def test_train_and_evaluate_a_users_file(user_file, tmp_path, capsys):
 
     other = ["--split", "test", "--ood", str(user_file), "--json", str(figures)]
     assert cli.main(["evaluate", str(out), *other]) == 0
-    names = [evaluation["name"] for evaluation in json.loads(figures.read_text())["evaluations"]]
-    assert [name.removeprefix(str(user_file)) for name in names] == [", test", ", out of distribution"]
+    test, ood = json.loads(figures.read_text())["evaluations"]
+    assert (test["name"], ood["name"]) == (f"{user_file}, test", f"{user_file}, out of distribution")
+    windows = load_windows(user_file)
+    assert (test["windows"], ood["windows"]) == (len(split_windows(windows).test), len(windows))
+    assert test["metrics"]["copy last"] != evaluation["metrics"]["copy last"]
 
 
 def failing(arguments: list[str], capsys) -> str:

@@ -45,6 +45,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def interrupts():
+    """Makes SIGINT raise KeyboardInterrupt; a test run in the background inherits a SIGINT that is ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 def quiet() -> Console:
     return Console(file=io.StringIO(), width=200)
 
@@ -171,6 +179,7 @@ def test_bad_data_leaves_an_earlier_run_alone(data, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == RUN_FILES
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_interrupt_in_an_epoch_leaves_the_last_whole_one_and_says_so(data, tmp_path, monkeypatch):
     out, console = tmp_path / "run", quiet()
     epochs = iter(range(1, 9))
@@ -189,6 +198,7 @@ def test_interrupt_in_an_epoch_leaves_the_last_whole_one_and_says_so(data, tmp_p
     assert "interrupted: the files of epoch 2 are whole" in console.file.getvalue().replace("\n", " ")
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_interrupt_while_saving_waits_until_all_files_are_in_step(data, tmp_path, monkeypatch):
     out = tmp_path / "run"
     written = []
@@ -206,11 +216,20 @@ def test_interrupt_while_saving_waits_until_all_files_are_in_step(data, tmp_path
     assert [row["epoch"] for row in load_history(out)] == [1, 2]
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_deferred_interrupt_restores_the_handler():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), interrupts_deferred():
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_an_ignored_interrupt_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with interrupts_deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 @pytest.mark.parametrize("step", ["write", "fsync", "replace"])
@@ -291,6 +310,22 @@ def test_damaged_runs_name_the_file(data, tmp_path):
 def test_options_that_cannot_be_trained_with(change, words):
     with pytest.raises(ValueError, match=words):
         TrainConfig(**change)
+
+
+def test_every_option_reaches_the_loss_and_the_optimiser(data, tmp_path):
+    common = {"lambda_info": 0.1, "epochs": 1}
+    losses = []
+    for name, changes in (
+        ("base", {}),
+        ("temperature", {"temperature": 0.5}),
+        ("weight_decay", {"weight_decay": 5.0}),
+        ("clip_norm", {"clip_norm": 1e-6}),
+        ("moment", {"lambda_moment": 0.5}),
+        ("variance", {"lambda_variance": 0.5}),
+    ):
+        (row,) = train(config_of(data, tmp_path / name, **common, **changes), quiet())
+        losses.append((row["loss_mse"], row["loss_infonce"]))
+    assert len(set(losses)) == len(losses)
 
 
 def test_unknown_device_is_refused(data, tmp_path):

@@ -44,7 +44,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 @contextlib.contextmanager
 def interrupts_deferred() -> Iterator[None]:
     """Holds Ctrl-C back until the block is done, so that files written together stay in step."""
-    if threading.current_thread() is not threading.main_thread():
+    # Only the main thread may set handlers; and where Ctrl-C is ignored, as in a background job, it stays so.
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield
         return
     received = []
