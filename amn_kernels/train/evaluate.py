@@ -85,7 +85,7 @@ def metrics_table(evaluation: Evaluation) -> Table:
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=0,
     )
     table.add_column("predictor", no_wrap=True)
     return table
