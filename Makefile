@@ -29,7 +29,7 @@ lint: $(VENV)/.dependencies
 	$(BIN)/ruff format --check .
 
 bench: build
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench $(BENCH_ARGS)
 
 build: $(VENV)/.built
 

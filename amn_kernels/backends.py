@@ -7,25 +7,25 @@ automatic choice falls back; an explicit one that can't be met raises and says w
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from amn_kernels import ops
-from amn_kernels import reference as _reference
+from amn_kernels import ops, reference
 from amn_kernels.options import DEFAULT_CHUNK_BYTES, LossOptions
 from amn_kernels.stats import TermOutputs
 
 ENVIRONMENT = "AMN_KERNELS_BACKEND"
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One call of the loss: the checked arguments, as every backend gets them."""
 
     pred: Tensor
     target: Tensor
     options: LossOptions
+    weights: Tensor | None = None  # [m], in the dtype of the values
     temperature: Tensor | None = None  # 0-dim, where it is learned
     mask: Tensor | None = None
     extra_negatives: Tensor | None = None
@@ -42,23 +42,26 @@ class Backend:
     """Why it can't be used in this installation at all; None if it can."""
     why_unsupported: Callable[[Call], str | None]
     """Why it can't serve this call; None if it can."""
-    run: Callable[[Call], TermOutputs]
+    run: Callable[[Call], tuple[Tensor, TermOutputs]]
+    """Loss, that is weights·values, and outputs."""
 
 
 def _cpu_unsupported(call: Call) -> str | None:
     options = call.options
     if call.pred.device.type != "cpu":
         return f"pred is on {call.pred.device}"
-    for term in ("moment", "variance"):
-        if term in options.terms:
-            return f"the {term} term is not fused yet"
+    if unfused := [term for term in options.terms if term not in ops.FUSED_TERMS]:
+        return f"the {unfused[0]} term is not fused yet"
     if options.direction != "pred_to_target":
         return f"direction={options.direction!r} is not fused yet"
     if options.negatives != "all":
         return f"negatives={options.negatives!r} is not fused yet"
-    for name in ("mask", "extra_negatives", "ids"):
-        if getattr(call, name) is not None:
-            return f"{name} is not fused yet"
+    if call.mask is not None:
+        return "mask is not fused yet"
+    if call.extra_negatives is not None:
+        return "extra_negatives is not fused yet"
+    if call.ids is not None:
+        return "ids is not fused yet"
     if call.temperature is not None:
         return "a learnable temperature is not fused yet"
     if call.target.requires_grad and torch.is_grad_enabled():
@@ -66,16 +69,21 @@ def _cpu_unsupported(call: Call) -> str | None:
     return None
 
 
-def _cpu_run(call: Call) -> TermOutputs:
+def _cpu_run(call: Call) -> tuple[Tensor, TermOutputs]:
     options = call.options
-    return ops.term_outputs(
-        call.pred, call.target, options.terms, options.monitor, options.temperature,
+    return ops.seq_loss(
+        call.pred,
+        call.target,
+        call.weights,
+        options.terms,
+        options.monitor,
+        options.temperature,
         options.chunk_bytes or DEFAULT_CHUNK_BYTES,
-    )  # fmt: skip
+    )
 
 
-def _reference_run(call: Call) -> TermOutputs:
-    return _reference.term_outputs(
+def _reference_run(call: Call) -> tuple[Tensor, TermOutputs]:
+    outputs = reference.term_outputs(
         call.pred,
         call.target,
         call.options,
@@ -84,6 +92,7 @@ def _reference_run(call: Call) -> TermOutputs:
         extra_negatives=call.extra_negatives,
         ids=call.ids,
     )
+    return torch.dot(outputs.values, call.weights), outputs
 
 
 BACKENDS = {
@@ -96,21 +105,26 @@ BACKENDS = {
 """All backends by name, best first."""
 
 
-def check_name(name: str | None) -> None:
-    """Raise ValueError if `name` is neither None nor a backend that this installation has."""
+def requested(name: str | None) -> str | None:
+    """The backend asked for, by argument or else by environment, or None.
+
+    Raises ValueError if it does not exist or this installation does not have it.
+    """
+    source = "backend"
     if name is None:
-        return
+        source, name = ENVIRONMENT, os.environ.get(ENVIRONMENT) or None
+    if name is None:
+        return None
     if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
     if reason := BACKENDS[name].why_unavailable():
-        raise ValueError(f"backend={name!r} is not available: {reason}")
+        raise ValueError(f"{source}={name!r} is not available: {reason}")
+    return name
 
 
-def choose(call: Call) -> Backend:
-    """The backend that serves this call; raises ValueError if one was asked for by name and can't."""
-    name = call.options.backend or os.environ.get(ENVIRONMENT) or None
+def choose(call: Call, name: str | None) -> Backend:
+    """The backend that serves this call: the one `requested`, or the best; ValueError if the former can't."""
     if name is not None:
-        check_name(name)
         if reason := BACKENDS[name].why_unsupported(call):
             raise ValueError(f"backend={name!r} can't serve this call: {reason}")
         return BACKENDS[name]
@@ -154,7 +168,7 @@ def info() -> str:
     }
     for what, call in calls.items():
         try:
-            backend = choose(call)
+            backend = choose(call, requested(None))
             first = next(iter(BACKENDS.values()))
             reason = first.why_unavailable() or first.why_unsupported(call)
             why = "" if backend is first or not reason else f"  ({first.name}: {reason})"

@@ -6,6 +6,7 @@ from torch import Tensor
 from amn_kernels import backends
 from amn_kernels.checks import check_inputs
 from amn_kernels.options import LossOptions
+from amn_kernels.reference.seq_loss import compute_dtype
 from amn_kernels.stats import LossStats
 
 
@@ -42,28 +43,27 @@ def seq_loss(
     checked = LossOptions(**options)
     if checked.learnable_temperature:
         raise ValueError("learnable_temperature=True needs a place to keep the parameter: use FusedSeqLoss")
-    backends.check_name(checked.backend)
-    return evaluate(pred, target, checked, mask=mask, extra_negatives=extra_negatives, ids=ids)
+    backend = backends.requested(checked.backend)
+    return evaluate(pred, target, checked, backend, mask=mask, extra_negatives=extra_negatives, ids=ids)
 
 
 def evaluate(
     pred: Tensor,
     target: Tensor,
     options: LossOptions,
+    backend: str | None,
     *,
-    temperature: Tensor | None = None,  # 0-dim
     weights: Tensor | None = None,  # [m]
+    temperature: Tensor | None = None,  # []
     mask: Tensor | None = None,
     extra_negatives: Tensor | None = None,
     ids: Tensor | None = None,
 ) -> tuple[Tensor, LossStats]:
-    """`seq_loss` with checked options and the state that `FusedSeqLoss` keeps: temperature and weights."""
+    """`seq_loss` on checked options, with the state that `FusedSeqLoss` keeps: weights and temperature."""
     check_inputs(pred, target, options, mask, extra_negatives, ids)
-    call = backends.Call(pred, target, options, temperature, mask, extra_negatives, ids)
-    values, gram, metrics = backends.choose(call).run(call)
-    if weights is None:
-        weights = torch.tensor(options.lambdas, dtype=values.dtype, device=values.device)
-    else:
-        weights = weights.to(device=values.device, dtype=values.dtype)
-    loss = torch.dot(values, weights)
+    real = compute_dtype(pred, target)
+    if weights is None or weights.dtype is not real or weights.device != pred.device:
+        weights = torch.tensor(options.lambdas, dtype=real, device=pred.device)
+    call = backends.Call(pred, target, options, weights, temperature, mask, extra_negatives, ids)
+    loss, (values, gram, metrics) = backends.choose(call, backend).run(call)
     return loss, LossStats(options.terms, options.enabled, values.detach(), weights, gram, metrics)

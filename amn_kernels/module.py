@@ -12,6 +12,12 @@ from amn_kernels.options import LossOptions
 from amn_kernels.stats import LossStats
 
 
+class _Last:
+    """What the last call left. Not an attribute of the module, whose assignment looks for parameters each time."""
+
+    stats: LossStats | None = None
+
+
 class FusedSeqLoss(nn.Module):
     """Weighted sum of MSE, cosine, InfoNCE, moment and variance loss in one op, with exact gradients.
 
@@ -53,12 +59,12 @@ class FusedSeqLoss(nn.Module):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self.options = LossOptions(**arguments)
-        backends.check_name(self.options.backend)
-        # A plain attribute and not a buffer: `.half()` would round it, and it is an option, not state.
-        self._weights = torch.tensor(self.options.lambdas, dtype=torch.float64)
+        self._backend = backends.requested(self.options.backend)
+        # A buffer only to move with the module; what it holds follows from the options.
+        self.register_buffer("_weights", torch.tensor(self.options.lambdas), persistent=False)
         if learnable_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log())
-        self._stats: LossStats | None = None
+        self._last = _Last()
 
     def forward(
         self,
@@ -70,12 +76,13 @@ class FusedSeqLoss(nn.Module):
         ids: Tensor | None = None,  # [N] or [B, T] integers
     ) -> Tensor:  # []
         """The loss; see `amn_kernels.functional.seq_loss` for arguments, result and errors."""
-        loss, self._stats = functional.evaluate(
+        loss, self._last.stats = functional.evaluate(
             pred,
             target,
             self.options,
-            temperature=self.log_temperature.exp() if self.options.learnable_temperature else None,
+            self._backend,
             weights=self._weights,
+            temperature=self.log_temperature.exp() if self.options.learnable_temperature else None,
             mask=mask,
             extra_negatives=extra_negatives,
             ids=ids,
@@ -85,9 +92,9 @@ class FusedSeqLoss(nn.Module):
     @property
     def stats(self) -> LossStats:
         """Diagnostics of the last call; raises RuntimeError before the first."""
-        if self._stats is None:
+        if self._last.stats is None:
             raise RuntimeError("FusedSeqLoss.stats: the loss has not been called yet")
-        return self._stats
+        return self._last.stats
 
     def extra_repr(self) -> str:
         """The options that differ from their defaults."""

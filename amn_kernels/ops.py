@@ -27,22 +27,32 @@ def cpu_isa() -> str:
     return torch.ops.amn_kernels._cpu_isa()
 
 
-_TERM_IDS = {term: index for index, term in enumerate(TERMS)}
+_TERM_IDS = {term: index for index, term in enumerate(TERMS)}  # enum Term in csrc/primitives.h
+
+FUSED_TERMS = frozenset(("mse", "cosine", "infonce"))
+"""The terms that the compiled op computes."""
 
 
-def term_outputs(
+def seq_loss(
     pred: Tensor,  # [..., D]
     target: Tensor,  # [..., D]
+    weights: Tensor,  # [m], in the dtype of the values
     terms: tuple[str, ...],
     monitor: tuple[str, ...],
     temperature: float,
     chunk_bytes: int,
-) -> TermOutputs:
-    """The fused op: see `amn_kernels.reference.term_outputs`, of which it serves a part (`backends` knows which)."""
-    values, gram, metrics = torch.ops.amn_kernels.seq_loss.default(
-        pred, target, [_TERM_IDS[t] for t in terms], [_TERM_IDS[t] for t in monitor], temperature, chunk_bytes
+) -> tuple[Tensor, TermOutputs]:
+    """The fused op: weighted sum and outputs of the terms; serves mse, cosine and infonce without further options."""
+    loss, values, gram, metrics = torch.ops.amn_kernels.seq_loss.default(
+        pred,
+        target,
+        weights,
+        [_TERM_IDS[term] for term in terms],
+        [_TERM_IDS[term] for term in monitor],
+        temperature,
+        chunk_bytes,
     )
-    return TermOutputs(values, gram if gram.numel() else None, metrics)
+    return loss, TermOutputs(values, gram if gram.numel() else None, metrics)
 
 
 _ROW_SCALARS = 13  # kRowScalars in csrc/row_scalars.h

@@ -23,7 +23,7 @@ class TermOutputs(NamedTuple):
     """[5] means over the rows that count, in the order of `METRICS`; top1 and chance are 0 without infonce."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class LossStats:
     """Diagnostics of one call of the loss. All tensors are detached; only `as_dict` synchronises.
 

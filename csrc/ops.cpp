@@ -3,10 +3,11 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(amn_kernels, m) {
-  // values [m] of the terms, differentiable in pred; gram [m, m] of their gradients; metrics [5].
+  // loss [] = weights.values and the values [m] of the terms, both differentiable in pred; gram [m, m] of the gradients
+  // of the terms, [0, 0] where none was asked for; metrics [5].
   m.def(
-      "seq_loss(Tensor pred, Tensor target, int[] terms, int[] monitored, float temperature, int chunk_bytes)"
-      " -> (Tensor values, Tensor gram, Tensor metrics)");
+      "seq_loss(Tensor pred, Tensor target, Tensor weights, int[] terms, int[] monitored, float temperature,"
+      " int chunk_bytes) -> (Tensor loss, Tensor values, Tensor gram, Tensor metrics)");
   // The same with what the backward needs: row scalars [R, N] and the attention output o [N, D].
   m.def(
       "_seq_loss_forward(Tensor pred, Tensor target, int[] terms, int[] monitored, float temperature,"

@@ -47,7 +47,7 @@ struct Primitives {
       const at::Tensor& logits,     // [M, K] real
       const at::Tensor& key_scale,  // [K] real: 1/|k_j|
       const at::Tensor& rows,       // [kRowScalars, M]
-      const at::Tensor& rescale,    // [M, 1] real, out
+      const at::Tensor& rescale,    // [M, 1] real, out; or [0, 1] for the only block
       int64_t own,                  // the own key of row i is in column own + i, if that is one of the K
       double temperature);
 

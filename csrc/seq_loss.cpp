@@ -101,7 +101,7 @@ Tensor attend(
   const int64_t chunk_rows = std::min(kChunkRows, n);
   const int64_t keys = block_keys(chunk_rows, n, dim, !target.direct(), key_scale.itemsize(), chunk_bytes);
 
-  const Tensor rescale = at::empty({chunk_rows, 1}, real);
+  const Tensor rescale = at::empty({keys < n ? chunk_rows : 0, 1}, real);  // one block has nothing to merge with
   const Tensor scratch = at::empty({chunk_rows, keys}, real);
   const Tensor attention = at::empty({with_gradient ? n : 0, dim}, real);
 
@@ -109,7 +109,7 @@ Tensor attend(
   for_chunks(n, chunk_rows, [&](int64_t begin, int64_t count) {
     const Tensor queries = pred.chunk(begin, count);
     const Tensor chunk_scalars = scalars_of(rows, begin, count);
-    const Tensor chunk_rescale = rows_of(rescale, 0, count);
+    const Tensor chunk_rescale = keys < n ? rows_of(rescale, 0, count) : rescale;
     Tensor out = with_gradient ? rows_of(attention, begin, count) : attention;
     for (int64_t first = 0; first < n; first += keys) {
       const int64_t width = std::min(keys, n - first);
@@ -205,29 +205,33 @@ const auto& backward_op() {
 class SeqLoss : public torch::autograd::Function<SeqLoss> {
  public:
   static variable_list forward(
-      AutogradContext* ctx, const Tensor& pred, const Tensor& target, at::IntArrayRef terms, at::IntArrayRef monitored,
-      double temperature, int64_t chunk_bytes) {
+      AutogradContext* ctx, const Tensor& pred, const Tensor& target, const Tensor& weights, at::IntArrayRef terms,
+      at::IntArrayRef monitored, double temperature, int64_t chunk_bytes) {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [values, gram, metrics, rows, attention] =
         forward_op().call(pred, target, terms, monitored, temperature, chunk_bytes, /*with_gradient=*/true);
-    ctx->save_for_backward({pred, target, rows, attention});
+    ctx->save_for_backward({pred, target, weights, rows, attention});
     ctx->saved_data["terms"] = terms;
     ctx->saved_data["monitored"] = monitored;
     ctx->saved_data["temperature"] = temperature;
-    ctx->set_materialize_grads(false);  // gram and metrics have no gradient; zeros for them would be made in vain
     ctx->mark_non_differentiable({gram, metrics});
-    return {values, gram, metrics};
+    ctx->set_materialize_grads(false);  // gram and metrics have no gradient; zeros for them would be made in vain
+    return {at::dot(values, weights), values, gram, metrics};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list result(7);
     const auto saved = ctx->get_saved_variables();
+    const Tensor& weights = saved[2];
     const auto grad = [&] {
+      const Tensor grad_values = !grads[0].defined()   ? grads[1]
+                                 : !grads[1].defined() ? grads[0] * weights
+                                                       : grads[0] * weights + grads[1];
       return backward_op().call(
-          grads[0], saved[0], saved[1], saved[2], saved[3], ctx->saved_data["terms"].toIntVector(),
+          grad_values, saved[0], saved[1], saved[3], saved[4], ctx->saved_data["terms"].toIntVector(),
           ctx->saved_data["monitored"].toIntVector(), ctx->saved_data["temperature"].toDouble());
     };
-    variable_list result(6);
-    if (!grads[0].defined()) return result;  // nothing was computed from the values
+    if (!grads[0].defined() && !grads[1].defined()) return result;
     if (at::GradMode::is_enabled()) {
       result[0] = grad();  // create_graph: the op's own autograd formula, registered in Python, goes on from here
     } else {
@@ -238,17 +242,19 @@ class SeqLoss : public torch::autograd::Function<SeqLoss> {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> seq_loss(
-    const Tensor& pred, const Tensor& target, at::IntArrayRef terms, at::IntArrayRef monitored, double temperature,
-    int64_t chunk_bytes) {
-  if (!at::GradMode::is_enabled() || !(pred.requires_grad() || target.requires_grad())) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> seq_loss(
+    const Tensor& pred, const Tensor& target, const Tensor& weights, at::IntArrayRef terms, at::IntArrayRef monitored,
+    double temperature, int64_t chunk_bytes) {
+  if (!at::GradMode::is_enabled() || !(pred.requires_grad() || target.requires_grad() || weights.requires_grad())) {
     auto [values, gram, metrics, rows, attention] =
         forward_op().call(pred, target, terms, monitored, temperature, chunk_bytes, /*with_gradient=*/false);
-    return {values, gram, metrics};
+    return {at::dot(values, weights), values, gram, metrics};
   }
-  TORCH_CHECK(!target.requires_grad(), "amn_kernels::seq_loss has no gradient for target; use the reference backend");
-  const auto out = SeqLoss::apply(pred, target, terms, monitored, temperature, chunk_bytes);
-  return {out[0], out[1], out[2]};
+  TORCH_CHECK(
+      !target.requires_grad() && !weights.requires_grad(),
+      "amn_kernels::seq_loss has no gradient for target and weights; use the reference backend");
+  const auto out = SeqLoss::apply(pred, target, weights, terms, monitored, temperature, chunk_bytes);
+  return {out[0], out[1], out[2], out[3]};
 }
 
 TORCH_LIBRARY_IMPL(amn_kernels, CompositeImplicitAutograd, m) {

@@ -92,7 +92,7 @@ void softmax_rows_(
   AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "softmax_rows_", [&] {
     const auto s = matrix<scalar_t>(logits);
     const auto* scale = key_scale.const_data_ptr<scalar_t>();
-    auto* shrink = rescale.data_ptr<scalar_t>();
+    auto* shrink = rescale.numel() ? rescale.data_ptr<scalar_t>() : nullptr;
     const auto row_scalars = scalars(rows);
     parallel_rows(logits.size(0), logits.size(1), [&](int64_t begin, int64_t end) {
       kernels<scalar_t>().softmax_rows_(s, scale, row_scalars, shrink, own, temperature, begin, end);

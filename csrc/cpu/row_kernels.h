@@ -32,7 +32,7 @@ template <class T>
 struct RowKernels {
   void (*row_stats)(
       Matrix<const T> pred, Matrix<const T> target, Scalars rows, T* key_scale, int64_t begin, int64_t end);
-  void (*softmax_rows_)(
+  void (*softmax_rows_)(  // rescale may be null
       Matrix<T> logits, const T* key_scale, Scalars rows, T* rescale, int64_t own, double temperature, int64_t begin,
       int64_t end);
   void (*row_dots)(

@@ -206,7 +206,7 @@ void softmax_rows_(
     const double shrink = former == -kInf ? 0.0 : std::exp(former - now);
     rows.at(kMax, i) = now;
     rows.at(kOthers, i) = rows.at(kOthers, i) * shrink + total;
-    rescale[i] = static_cast<T>(shrink);
+    if (rescale != nullptr) rescale[i] = static_cast<T>(shrink);
   }
 }
 

@@ -1,0 +1,42 @@
+"""Who is measured: the fused loss and what people run today, on the same input, forward and backward."""
+
+from collections.abc import Callable
+
+import torch
+
+from amn_kernels import FusedSeqLoss
+from amn_kernels.reference import eager
+
+ALL_TERMS = {"mse": 1.0, "cosine": 1.0, "infonce": 1.0}
+STREAMED_TERMS = {"mse": 1.0, "cosine": 1.0}
+
+
+def losses(terms: dict[str, float]) -> dict[str, Callable]:
+    """The loss functions by name; each takes pred and target [N, D] and returns a scalar."""
+
+    def plain(pred, target):
+        return eager.seq_loss(pred, target, **terms)
+
+    return {
+        "fused": FusedSeqLoss(**{"mse": 0.0, **terms}),
+        "eager": plain,
+        # One compiled function for every shape would be recompiled as dynamic, and slower, from the second shape on.
+        "compile": torch.compile(plain, dynamic=False),
+    }
+
+
+def step(loss: Callable, pred: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
+    """Forward and backward, as a training step does them: the gradient starts from None."""
+
+    def run():
+        pred.grad = None
+        loss(pred, target).backward()
+
+    return run
+
+
+def inputs(rows: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Seeded pred (a leaf that requires a gradient) and target, [rows, dim] float32."""
+    generator = torch.Generator().manual_seed(0)
+    pred, target = (torch.randn(rows, dim, generator=generator) for _ in range(2))
+    return pred.requires_grad_(), target
