@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from amn_kernels.data import StoredWindows, load_windows
+from amn_kernels.data import StoredWindows, load_windows, split_windows
 from amn_kernels.train import metrics
 from amn_kernels.train.baselines import LAST, MEAN, MIX, TRAIN_MEAN, fit_baselines, mean_of_context
 from amn_kernels.train.evaluate import compare
@@ -134,7 +134,10 @@ def test_mix_is_defined_with_one_context_vector():
 
 
 def test_untrained_figures_on_the_bundled_vectors():
-    _, (inside, outside) = compare({}, load_windows(), "validation", load_windows(bundled="techdocs"))
+    windows = load_windows()
+    baselines, (inside, outside) = compare({}, windows, "validation", load_windows(bundled="techdocs"))
+    fitted = fit_baselines(windows, split_windows(windows).train)
+    assert baselines.last_coefficient == pytest.approx(fitted.last_coefficient, rel=1e-9)
     assert (inside.windows, outside.windows) == (2476, 3225)
     cosines = {name: values["cosine"] for name, values in inside.metrics.items()}
     assert list(cosines) == [MEAN, LAST, TRAIN_MEAN, MIX]

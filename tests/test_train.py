@@ -112,6 +112,41 @@ def test_same_seed_same_run_other_seed_other_run(data, tmp_path):
     assert results[0][0] != results[2][0]
 
 
+def test_an_epoch_takes_one_clipped_gradient_step_a_batch(data):
+    windows = trainer.load_windows(data)
+    batches = make_batches(np.arange(48), 16)
+    torch.manual_seed(0)
+    trained, expected = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(40, 8)) for _ in range(2))
+    expected.load_state_dict(trained.state_dict())
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+    trainer.train_epoch(trained, trainer.FusedSeqLoss(mse=1.0, weighting="fixed"), optimizer, windows, batches, 0.01)
+    for rows in batches:
+        context, target = windows.batch(rows)
+        gradients = torch.autograd.grad(torch.nn.functional.mse_loss(expected(context), target), expected.parameters())
+        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        with torch.no_grad():
+            for parameter, gradient in zip(expected.parameters(), gradients, strict=True):
+                parameter -= 0.1 * gradient * min(1, 0.01 / norm)
+    for left, right in zip(trained.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+
+
+def test_every_epoch_takes_the_training_windows_in_a_new_order(data, tmp_path, monkeypatch):
+    epochs = []
+
+    def record(model, criterion, optimizer, windows, batches, clip_norm):
+        epochs.append(np.concatenate(list(batches)))
+        return {}
+
+    monkeypatch.setattr(trainer, "train_epoch", record)
+    train(config_of(data, tmp_path / "run", epochs=2, batch_size=1), quiet())
+    split = trainer.split_windows(trainer.load_windows(data))
+    for rows in epochs:
+        np.testing.assert_array_equal(np.sort(rows), split.train)
+        assert (rows != split.train).any()
+    assert (epochs[0] != epochs[1]).any()
+
+
 def test_early_stopping_counts_epochs_without_a_better_cosine(data, tmp_path, monkeypatch):
     # Validation and training cosine of epochs 1, 2, ...
     cosines = iter([0.1, 0, 0.3, 0, 0.2, 0, 0.3, 0, 0.9, 0])
