@@ -27,8 +27,9 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Rows of a chunk. Fewer would re-read all keys for little work, more would push S out of the cache.
-constexpr int64_t kChunkRows = 512;
+// Rows of a chunk. Measured at D = 768 on two cores: 256 rows take 10-15% longer from 1,024 rows on, because the keys are
+// packed anew for every product; 2,048 gain nothing.
+constexpr int64_t kChunkRows = 1024;
 constexpr int64_t kMinBlockKeys = 64;
 
 const Primitives& primitives(const Tensor& x) {

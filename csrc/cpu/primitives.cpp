@@ -5,10 +5,12 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
 #include <string_view>
+#include <vector>
 
 #include "row_kernels.h"
 
@@ -68,10 +70,10 @@ Matrix<const T> const_matrix(const Tensor& x) {
 
 Scalars scalars(const Tensor& rows) { return {rows.data_ptr<double>(), rows.stride(0)}; }
 
-// Splits rows over threads; below about 16 thousand elements a thread costs more than it saves.
+// Splits rows over threads; below about 32 thousand elements a thread costs more than it saves.
 template <class F>
 void parallel_rows(int64_t rows, int64_t cols, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols));
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, cols));
   at::parallel_for(0, rows, grain, f);
 }
 
@@ -126,11 +128,25 @@ double infonce_of_row(const Scalars& rows, int64_t i, double temperature) {
 struct Sums {
   double diff = 0, one_minus_cos = 0, infonce = 0, top1 = 0, pred_norm = 0, target_norm = 0;
   double gram[kMaxTerms][kMaxTerms] = {};  // upper triangle, without the factors common to all rows
+
+  void operator+=(const Sums& other) {
+    diff += other.diff;
+    one_minus_cos += other.one_minus_cos;
+    infonce += other.infonce;
+    top1 += other.top1;
+    pred_norm += other.pred_norm;
+    target_norm += other.target_norm;
+    for (int64_t i = 0; i < kMaxTerms; ++i) {
+      for (int64_t j = 0; j < kMaxTerms; ++j) gram[i][j] += other.gram[i][j];
+    }
+  }
 };
 
-Sums sum_rows(const Scalars& rows, int64_t n, bool has_infonce, bool has_attention, double temperature, double tie) {
+Sums sum_rows(
+    const Scalars& rows, int64_t begin, int64_t end, bool has_infonce, bool has_attention, double temperature,
+    double tie) {
   Sums sums;
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = begin; i < end; ++i) {
     const double inv_pred = rows.at(kInvPred, i), inv_target = rows.at(kInvTarget, i);
     const double one_minus_cos = rows.at(kOneMinusCos, i), dd = rows.at(kDiffDiff, i);
     const double target_norm = std::sqrt(rows.at(kTargetTarget, i));
@@ -168,7 +184,19 @@ void term_sums(
   const bool has_attention = has_gram && infonce >= 0 && terms.differentiable[infonce];
   AT_DISPATCH_FLOATING_TYPES(values.scalar_type(), "term_sums", [&] {
     const double tie = 8 * std::numeric_limits<scalar_t>::epsilon();  // cosines closer than the rounding of a GEMM
-    const Sums sums = sum_rows(scalars(rows), rows.size(1), infonce >= 0, has_attention, temperature, tie);
+    // Blocks of a fixed size, added in order: the sums do not depend on the number of threads.
+    constexpr int64_t kRowsPerBlock = 256;
+    const auto row_scalars = scalars(rows);
+    const int64_t count = rows.size(1);
+    std::vector<Sums> partial((count + kRowsPerBlock - 1) / kRowsPerBlock);
+    at::parallel_for(0, partial.size(), /*grain_size=*/1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t first = block * kRowsPerBlock, last = std::min(count, first + kRowsPerBlock);
+        partial[block] = sum_rows(row_scalars, first, last, infonce >= 0, has_attention, temperature, tie);
+      }
+    });
+    Sums sums;
+    for (const Sums& block : partial) sums += block;
     const double value[kMaxTerms] = {sums.diff / (n * dim), sums.one_minus_cos / n, sums.infonce / n};
     const double factor[kMaxTerms] = {2 / (n * dim), 1 / n, 1 / (n * temperature)};
     for (int64_t i = 0; i < terms.size; ++i) {
