@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import numpy as np
+import pytest
 import torch
 
 from amn_kernels import cli
@@ -15,6 +16,14 @@ from amn_kernels.train.evaluate import Evaluation
 from amn_kernels.train.runs import load_history
 
 MSE_ONLY, FIXED = (run.name for run in RUNS)
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """Training sets torch's threads for the process; other tests shouldn't notice."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def evaluation(cosines: dict[str, float]) -> Evaluation:
