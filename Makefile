@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 .PHONY: demo test test-full test-install lint bench build clean
 
 demo: build
-	$(BIN)/amn-kernels demo
+	$(BIN)/amn-kernels demo --overwrite
 
 test: build
 	$(BIN)/python -m pytest tests

@@ -1,7 +1,7 @@
 """Build of the compiled extension. Metadata is in pyproject.toml; this file decides only what is compiled.
 
 Environment:
-    AMN_CUDA=0|1|auto   CUDA sources: never, required, or when nvcc and a CUDA build of torch are both present (default).
+    AMN_CUDA=0|1|auto   CUDA sources: never, required, or when nvcc and a CUDA build of torch are there (default).
                         Decided by the toolchain, never by a GPU being there: a build machine often has none.
     TORCH_CUDA_ARCH_LIST, MAX_JOBS   as in every torch extension.
 """

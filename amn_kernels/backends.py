@@ -138,8 +138,9 @@ def info() -> str:
     """A report for people: which backend serves what in this installation, and why the others don't."""
     import amn_kernels
 
+    isa = "" if ops.why_unavailable() else f", {ops.cpu_isa()} kernels"
     lines = [
-        f"amn-kernels {amn_kernels.__version__}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads",
+        f"amn-kernels {amn_kernels.__version__}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads{isa}",
         f"CUDA device: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}",
         f"{ENVIRONMENT}: {os.environ.get(ENVIRONMENT) or 'not set'}",
         "",
@@ -147,9 +148,9 @@ def info() -> str:
     ]
     for backend in BACKENDS.values():
         reason = backend.why_unavailable()
-        lines.append(f"  {backend.name:<10} {f'not available: {reason}' if reason else f'available: {backend.summary}'}")
-    if not ops.why_unavailable():
-        lines.append(f"             instruction set: {ops.cpu_isa()}")
+        lines.append(
+            f"  {backend.name:<10} {f'not available: {reason}' if reason else f'available: {backend.summary}'}"
+        )
     lines += ["", "Which backend serves what, on the CPU:"]
     row = torch.ones(2, 3)
     grid = row.view(1, 2, 3)

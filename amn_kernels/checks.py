@@ -69,7 +69,9 @@ def _check_rows(name: str, value: Tensor, pred: Tensor, dtypes: tuple[torch.dtyp
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {value.dtype}")
+        raise TypeError(
+            f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {value.dtype}"
+        )
     if value.shape != pred.shape[:-1]:
         raise ValueError(f"{name} must have the shape of pred's rows, {list(pred.shape[:-1])}, got {list(value.shape)}")
     _check_device(name, value, pred)
@@ -84,4 +86,6 @@ def _check_finite(pred: Tensor, target: Tensor, mask: Tensor | None, extra_negat
             bad &= mask
         if bad.any():
             row = bad.nonzero()[0].tolist()
-            raise ValueError(f"{name} has NaN or Inf in row {row if len(row) > 1 else row[0]} ({int(bad.sum())} such rows)")
+            raise ValueError(
+                f"{name} has NaN or Inf in row {row if len(row) > 1 else row[0]} ({int(bad.sum())} such rows)"
+            )

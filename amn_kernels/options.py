@@ -124,9 +124,9 @@ class LossOptions:
             if name not in TERMS:
                 raise ValueError(f"monitor must name terms of {', '.join(TERMS)}, got {name!r}")
             if name in self.enabled:
-                raise ValueError(f"monitor names {name!r}, which has weight {getattr(self, name)}; monitor is for weight 0")
+                raise ValueError(f"monitor is for terms of weight 0, got {name!r} of weight {getattr(self, name)}")
         if self.anchor is not None and self.anchor not in self.enabled:
-            raise ValueError(f"anchor must be a term with a weight > 0 ({', '.join(self.enabled)}), got {self.anchor!r}")
+            raise ValueError(f"anchor must be one of the terms that are on, {self.enabled}, got {self.anchor!r}")
 
     def _check_available(self):
         if not (callable(self.weighting) or self.weighting in ("fixed", "value", "gradient")):

@@ -1,5 +1,7 @@
 """Error of the gradient in float32 against float64 truth, beside eager PyTorch's, as predictions converge."""
 
+import functools
+
 import torch
 
 from amn_kernels import FusedSeqLoss
@@ -17,17 +19,13 @@ def relative_errors(rows: int = 256, dim: int = 768) -> list[dict]:
         target, noise = (torch.randn(rows, dim, generator=generator) for _ in range(2))
         pred = target + distance * noise
         for term in TERMS:
-            truth = _gradient(lambda p, t, term=term: eager.seq_loss(p, t, **{term: 1.0}), pred.double(), target.double())
-            fused = _gradient(FusedSeqLoss(**{"mse": 0.0, term: 1.0}), pred, target)
-            plain = _gradient(lambda p, t, term=term: eager.seq_loss(p, t, **{term: 1.0}), pred, target)
-            results.append(
-                {
-                    "term": term,
-                    "distance": distance,
-                    "fused": float((fused - truth).norm() / truth.norm()),
-                    "eager": float((plain - truth).norm() / truth.norm()),
-                }
-            )
+            fused, plain = FusedSeqLoss(**{"mse": 0.0, term: 1.0}), functools.partial(eager.seq_loss, **{term: 1.0})
+            truth = _gradient(plain, pred.double(), target.double())
+            errors = {
+                name: float((_gradient(loss, pred, target) - truth).norm() / truth.norm())
+                for name, loss in (("fused", fused), ("eager", plain))
+            }
+            results.append({"term": term, "distance": distance, **errors})
     return results
 
 

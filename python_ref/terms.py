@@ -57,8 +57,8 @@ def infonce(
     gradient.
 
     Returns:
-        The value; per row, whether the own target has the highest similarity of all valid keys (a tie, to within `TIE`, is a miss);
-        and per row the chance level of the value, ``ln(number of valid keys)``, in the dtype of pred.
+        The value; per row, whether the own target has the highest similarity of all valid keys (a tie, to within
+        `TIE`, is a miss); and per row the chance level of the value, ``ln(number of valid keys)``, in pred's dtype.
     """
     valid = _valid_pairs(mask, ids)  # [G, M, M]
     keys, key_valid = normalize(target), valid
