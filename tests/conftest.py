@@ -1,0 +1,60 @@
+"""Options and fixtures of the whole suite."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+# The same examples every time: a red run can be repeated. No deadline, because CI machines are shared.
+hypothesis.settings.register_profile("amn", deadline=None, max_examples=25, derandomize=True)
+hypothesis.settings.load_profile("amn")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the full grid of shapes, not only a pairwise selection")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full: a shape of the full grid, run with --full only")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--full"):
+        return
+    full = [item for item in items if item.get_closest_marker("full")]
+    if full:
+        config.hook.pytest_deselected(items=full)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
+@pytest.fixture(autouse=True)
+def _no_choice_from_outside(monkeypatch):
+    """A backend chosen in the environment of whoever runs the tests must not change what they test."""
+    monkeypatch.delenv("AMN_KERNELS_BACKEND", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def run_python():
+    """Run a script in a fresh interpreter that can import the helpers of tests/; returns the completed process."""
+
+    def run(script, **environment):
+        path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        return subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONPATH": path, **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return run

@@ -1,0 +1,92 @@
+"""What tests of the compiled op share: inputs, the float64 truth and the error rule.
+
+The error rule: against the plain PyTorch definition in float64 on the same numbers, the relative error of the op (of
+the loss, and norm-wise of the gradient) is at most twice that of the code people write today in the same dtype, plus 4
+units in the last place of the result's dtype. The 4: both sides are a handful of roundings, and with few rows either
+may be lucky.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from amn_kernels import LossStats, functional
+from amn_kernels.reference import eager
+
+TERMS = {
+    "mse": {"mse": 1.0},
+    "cosine": {"mse": 0.0, "cosine": 1.0},
+    "infonce": {"mse": 0.0, "infonce": 1.0},
+    "all": {"mse": 1.0, "cosine": 0.5, "infonce": 0.25},
+}
+"""Options by the name under which a test runs them."""
+
+FLOOR_ULP = 4
+
+
+class Result(NamedTuple):
+    loss: Tensor  # []
+    grad: Tensor  # shape and dtype of pred
+    stats: LossStats | None
+
+
+def make_rows(*shape, dtype=torch.float32, distance=None, seed=0):
+    """Random pred and target; with ``distance``, pred is the target plus noise of that share of its norm."""
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    pred = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    if distance is not None:
+        pred = target + distance * pred
+    return pred.to(dtype), target.to(dtype)
+
+
+def seq_loss(pred, target, incoming=1.0, **options) -> Result:
+    """Loss, gradient of ``incoming * loss`` and stats; pred keeps its strides."""
+    leaf = pred.detach().requires_grad_()
+    loss, stats = functional.seq_loss(leaf, target, **options)
+    (grad,) = torch.autograd.grad(loss, leaf, loss.new_tensor(incoming))
+    return Result(loss.detach(), grad, stats)
+
+
+def truth(pred, target, incoming=1.0, **options) -> Result:
+    """The plain PyTorch definition on float64 copies."""
+    return seq_loss(pred.double(), target.double(), incoming, **{**options, "backend": "reference"})
+
+
+def eager_loss(pred, target, incoming=1.0, **options) -> Result:
+    """The code people write today, in the dtype of its input; what autocast would widen is widened."""
+    leaf = pred.detach().requires_grad_()
+    dtype = torch.promote_types(pred.dtype, target.dtype)
+    loss = eager.seq_loss(leaf.to(dtype).flatten(0, -2), target.to(dtype).flatten(0, -2), **options)
+    (grad,) = torch.autograd.grad(loss, leaf, loss.new_tensor(incoming))
+    return Result(loss.detach(), grad, None)
+
+
+def relative_error(got, wanted) -> float:
+    """Norm-wise; against a true zero, the norm of what was got."""
+    wanted = wanted.double()
+    scale = wanted.norm().item() or 1.0
+    return (got.double() - wanted).norm().item() / scale
+
+
+def assert_error_rule(draw, *, incoming=1.0, draws=1, **options):
+    """The error rule for ``draw(seed) -> (pred, target)``, in root mean square over ``draws`` seeds."""
+    squares = torch.zeros(4, dtype=torch.float64)
+    for seed in range(draws):
+        pred, target = draw(seed)
+        true = truth(pred, target, incoming, **options)
+        ours = seq_loss(pred, target, incoming, backend="cpu", **options)
+        theirs = eager_loss(pred, target, incoming, **options)
+        assert ours.grad.dtype == pred.dtype
+        assert ours.grad.shape == pred.shape
+        errors = [
+            relative_error(ours.loss, true.loss),
+            relative_error(theirs.loss, true.loss),
+            relative_error(ours.grad, true.grad),
+            relative_error(theirs.grad, true.grad),
+        ]
+        squares += torch.tensor(errors, dtype=torch.float64).square() / draws
+    ours_loss, theirs_loss, ours_grad, theirs_grad = squares.sqrt().tolist()
+    assert ours_loss <= 2 * theirs_loss + FLOOR_ULP * torch.finfo(ours.loss.dtype).eps
+    assert ours_grad <= 2 * theirs_grad + FLOOR_ULP * torch.finfo(pred.dtype).eps

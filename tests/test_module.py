@@ -1,0 +1,375 @@
+"""FusedSeqLoss as a module: tracing, autocast, autograd in every form, state, and what it reports."""
+
+import copy
+import dataclasses
+import inspect
+import pickle
+
+import pytest
+import torch
+from error_rule import TERMS, make_rows, relative_error, seq_loss, truth
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from amn_kernels import FusedSeqLoss, functional
+from amn_kernels.options import LossOptions
+from amn_kernels.stats import METRICS
+
+ALL = {"mse": 1.0, "cosine": 0.5, "infonce": 0.25}
+SOME_REFERENCE = {"mse": 0.0, "moment": 1.0, "variance": 0.5}
+
+
+def gradient(criterion, pred, target):
+    leaf = pred.detach().clone().requires_grad_()
+    loss = criterion(leaf, target)
+    loss.backward()
+    return loss.detach(), leaf.grad
+
+
+@pytest.fixture
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize(
+    ("backend", "options", "compiler"),
+    [
+        ("cpu", ALL, "inductor"),
+        ("cpu", {"mse": 1.0, "monitor": ("infonce",)}, "aot_eager"),
+        ("reference", SOME_REFERENCE, "aot_eager"),
+    ],
+)
+def test_compiled_without_graph_breaks(backend, options, compiler):
+    pred, target = make_rows(65, 7)
+    criterion = FusedSeqLoss(backend=backend, **options)
+    loss, grad = gradient(criterion, pred, target)
+    stats = criterion.stats.as_dict()
+    compiled_criterion = FusedSeqLoss(backend=backend, **options)
+    compiled = torch.compile(compiled_criterion, fullgraph=True, backend=compiler)
+    for _ in range(2):
+        got_loss, got_grad = gradient(compiled, pred, target)
+        # The op is the same; a compiler may fuse the weighted sum around it: float32 rounding.
+        torch.testing.assert_close(got_loss, loss, rtol=1e-6, atol=0)
+        assert relative_error(got_grad, grad) <= 1e-6
+        assert compiled_criterion.stats.as_dict() == pytest.approx(stats, rel=1e-6)
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_compiled_once_for_any_number_of_rows():
+    counter = CompileCounterWithBackend("aot_eager")
+    criterion = FusedSeqLoss(backend="cpu", **ALL)
+    compiled = torch.compile(criterion, fullgraph=True, dynamic=True, backend=counter)
+    graphs = None
+    for n in (65, 40, 1100):  # 1100 is more than one chunk
+        pred, target = make_rows(n, 7)
+        loss, grad = gradient(criterion, pred, target)
+        got_loss, got_grad = gradient(compiled, pred, target)
+        torch.testing.assert_close(got_loss, loss, rtol=1e-6, atol=0)
+        assert relative_error(got_grad, grad) <= 1e-6
+        graphs = graphs or counter.frame_count
+    assert counter.frame_count == graphs > 0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast_changes_nothing(backend):
+    """The loss is computed in float32 from what it is given, whatever autocast would do to its parts."""
+    pred, target = make_rows(65, 32)
+    pred = pred.bfloat16()
+    criterion = FusedSeqLoss(backend=backend, **ALL)
+    loss, grad = gradient(criterion, pred, target)
+    leaf = pred.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        got_loss = criterion(leaf, target)
+    got_loss.backward()
+    assert got_loss.dtype == torch.float32
+    assert torch.equal(got_loss, loss)
+    assert torch.equal(leaf.grad, grad)
+    assert leaf.grad.dtype == torch.bfloat16
+
+
+def test_training_step_under_autocast():
+    linear = torch.nn.Linear(32, 32)
+    inputs, target = make_rows(65, 32)
+    criterion = FusedSeqLoss(backend="cpu", **ALL)
+    with torch.autocast("cpu", torch.bfloat16):
+        pred = linear(inputs)
+        assert pred.dtype == torch.bfloat16
+        loss = criterion(pred, target)
+    loss.backward()
+    true = truth(pred, target, **ALL)
+    assert loss.item() == pytest.approx(true.loss.item(), rel=1e-6)  # float32 logits of 1/0.07
+    wanted = true.grad.T @ inputs.double()
+    # The gradient of pred is rounded to bfloat16, and so is the matrix product of the layer.
+    assert relative_error(linear.weight.grad, wanted) <= 2 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gradients_accumulate(backend):
+    criterion = FusedSeqLoss(backend=backend, **ALL)
+    batches = [make_rows(33, 7, seed=seed) for seed in (0, 1)]
+    leaf = batches[0][0].clone().requires_grad_()
+    wanted = sum(gradient(criterion, leaf, target)[1] for _, target in batches)
+    for _, target in batches:
+        criterion(leaf, target).backward()
+    torch.testing.assert_close(leaf.grad, wanted)
+    leaf.grad = None
+    sum(criterion(leaf, target) for _, target in batches).backward()
+    torch.testing.assert_close(leaf.grad, wanted)
+
+
+def test_backward_twice_needs_retain_graph():
+    pred, target = make_rows(33, 7)
+    criterion = FusedSeqLoss(backend="cpu", **ALL)
+    leaf = pred.clone().requires_grad_()
+    loss = criterion(leaf, target)
+    loss.backward(retain_graph=True)
+    once = leaf.grad.clone()
+    loss.backward()
+    assert torch.equal(leaf.grad, 2 * once)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_large_incoming_gradient(term):
+    """A GradScaler's factor is larger than float16 can hold; only the result has to fit."""
+    pred, target = make_rows(257, 64, dtype=torch.float16)
+    leaf = pred.clone().requires_grad_()
+    (FusedSeqLoss(backend="cpu", **TERMS[term])(leaf, target) * 65536.0).backward()
+    true = truth(pred, target, 65536.0, **TERMS[term])
+    assert true.grad.abs().max() < torch.finfo(torch.float16).max
+    assert relative_error(leaf.grad, true.grad) <= 0.51 * torch.finfo(torch.float16).eps  # one rounding to float16
+
+
+def test_loss_can_be_weighted_and_negated():
+    pred, target = make_rows(33, 7)
+    criterion = FusedSeqLoss(backend="cpu", **ALL)
+    leaf = pred.clone().requires_grad_()
+    (-3.0 * criterion(leaf, target)).backward()
+    torch.testing.assert_close(leaf.grad, -3.0 * gradient(criterion, pred, target)[1])
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_double_backward(term):
+    pred, target = make_rows(6, 5, dtype=torch.float64)
+
+    def loss(pred):
+        return functional.seq_loss(pred, target, backend="cpu", temperature=0.5, **TERMS[term])[0]
+
+    assert torch.autograd.gradcheck(loss, pred.requires_grad_())
+    assert torch.autograd.gradgradcheck(loss, pred)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_penalty(dtype):
+    results = {}
+    for backend in ("cpu", "reference"):
+        torch.manual_seed(0)
+        linear = torch.nn.Linear(7, 7, dtype=dtype)
+        inputs, target = make_rows(33, 7, dtype=dtype)
+        pred = linear(inputs)
+        loss = FusedSeqLoss(backend=backend, monitor=(), **ALL)(pred, target)
+        (grad,) = torch.autograd.grad(loss, pred, create_graph=True)
+        (loss + grad.square().sum()).backward()
+        results[backend] = linear.weight.grad
+    # Rounding, times the size of logits up to 1/0.07.
+    assert relative_error(results["cpu"], results["reference"]) <= 20 * torch.finfo(dtype).eps
+
+
+OPCHECK_INPUTS = {
+    "float32": lambda: make_rows(33, 7),
+    "float64": lambda: make_rows(33, 7, dtype=torch.float64),
+    "bfloat16": lambda: make_rows(33, 7, dtype=torch.bfloat16),
+    "mixed": lambda: (make_rows(33, 7)[0].bfloat16(), make_rows(33, 7)[1]),
+    "permuted": lambda: tuple(x.view(5, 7, 3).permute(2, 0, 1) for x in make_rows(35, 3)),
+}
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("inputs", OPCHECK_INPUTS)
+def test_op_is_sound(inputs, requires_grad):
+    pred, target = OPCHECK_INPUTS[inputs]()
+    pred.requires_grad_(requires_grad)
+    real = torch.float64 if inputs == "float64" else torch.float32
+    weights = torch.tensor([1.0, 0.5, 0.25], dtype=real)
+    torch.library.opcheck(
+        torch.ops.amn_kernels.seq_loss.default, (pred, target, weights, [0, 1, 2], [1], 0.07, 1 << 20)
+    )
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+@pytest.mark.parametrize("inputs", OPCHECK_INPUTS)
+def test_halves_of_the_op_are_sound(inputs, with_gradient):
+    pred, target = OPCHECK_INPUTS[inputs]()
+    forward = torch.ops.amn_kernels._seq_loss_forward.default
+    arguments = (pred, target, [0, 1, 2], [1], 0.07, 1 << 20, with_gradient)
+    torch.library.opcheck(forward, arguments)
+    if with_gradient:
+        values, _, _, rows, attention = forward(*arguments)
+        torch.library.opcheck(
+            torch.ops.amn_kernels._seq_loss_backward.default,
+            (torch.ones_like(values), pred, target, rows, attention, [0, 1, 2], [1], 0.07),
+        )
+
+
+def test_learnable_temperature():
+    pred, target = make_rows(33, 7)
+    criterion = FusedSeqLoss(mse=0.0, infonce=1.0, temperature=0.2, learnable_temperature=True)
+    assert set(criterion.state_dict()) == {"log_temperature"}
+    loss = criterion(pred, target)
+    loss.backward()
+    # dL/d(ln tau) = tau dL/dtau, here by a central difference in float64, good to h^2.
+    h = 1e-4
+
+    def at(log_tau):
+        return truth(pred, target, mse=0.0, infonce=1.0, temperature=log_tau.exp().item()).loss
+
+    log_tau = torch.tensor(0.2, dtype=torch.float64).log()
+    wanted = (at(log_tau + h) - at(log_tau - h)) / (2 * h)
+    assert criterion.log_temperature.grad.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(at(log_tau).item(), rel=1e-6)
+    with torch.no_grad():
+        criterion.log_temperature.fill_(torch.tensor(0.7).log())
+    assert criterion(pred, target).item() == pytest.approx(
+        at(torch.tensor(0.7, dtype=torch.float64).log()).item(), rel=1e-6
+    )
+
+
+def test_a_fixed_temperature_is_no_state():
+    criterion = FusedSeqLoss(infonce=1.0)
+    assert criterion.state_dict() == {}
+    assert list(criterion.parameters()) == []
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize(
+    "make_copy", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
+def test_copies_compute_the_same(make_copy, called):
+    pred, target = make_rows(33, 7)
+    criterion = FusedSeqLoss(infonce=0.5, temperature=0.2, learnable_temperature=True)
+    if called:
+        criterion(pred.requires_grad_(), target)
+    twin = make_copy(criterion)
+    assert twin.options == criterion.options
+    assert torch.equal(twin(pred, target), criterion(pred, target))
+    with torch.no_grad():
+        twin.log_temperature.add_(1)
+    twin(pred, target)
+    assert twin.stats.value["infonce"] != criterion.stats.value["infonce"]
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x.half(), lambda x: x.to(torch.bfloat16), lambda x: x.half().float(), lambda x: x.double()]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_casting_the_module_leaves_the_weights_alone(change, dtype):
+    pred, target = make_rows(33, 7, dtype=dtype)
+    options = {"mse": 0.1, "infonce": 0.3}  # neither is a float16, a bfloat16 or a float32 number
+    plain, cast = FusedSeqLoss(**options), change(FusedSeqLoss(**options))
+    wanted = plain(pred, target)
+    assert torch.equal(cast(pred, target), wanted)
+    assert cast.stats.as_dict() == plain.stats.as_dict()
+    # As a number of the dtype of the loss.
+    assert cast.stats.weight["mse"] == torch.tensor(0.1, dtype=dtype)
+
+
+def test_signature_is_that_of_the_options():
+    parameters = list(inspect.signature(FusedSeqLoss.__init__).parameters.values())[1:]
+    fields = [field for field in dataclasses.fields(LossOptions) if field.init]
+    assert [(p.name, p.default) for p in parameters] == [(f.name, f.default) for f in fields]
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters)
+
+
+def test_stats_as_dict():
+    pred, target = make_rows(33, 7)
+    loss, stats = functional.seq_loss(pred.requires_grad_(), target, backend="cpu", cosine=0.5, monitor=("infonce",))
+    flat = stats.as_dict()
+    of_term = {f"{what}_{term}" for what in ("loss", "weight", "contribution") for term in ("mse", "cosine", "infonce")}
+    assert set(flat) == of_term | {"grad_norm_mse", "grad_norm_cosine"} | set(METRICS)
+    true = {term: truth(pred, target, **TERMS[term]) for term in ("mse", "cosine", "infonce")}
+    for term, weight in {"mse": 1.0, "cosine": 0.5, "infonce": 0.0}.items():
+        value = true[term].loss.item()
+        assert flat[f"loss_{term}"] == pytest.approx(value, rel=1e-6)
+        assert flat[f"weight_{term}"] == weight
+        assert flat[f"contribution_{term}"] == pytest.approx(weight * value, rel=1e-6)
+    for term in ("mse", "cosine"):
+        assert flat[f"grad_norm_{term}"] == pytest.approx(true[term].grad.norm().item(), rel=1e-6)
+    contributions = sum(value for name, value in flat.items() if name.startswith("contribution"))
+    assert contributions == pytest.approx(loss.item(), rel=1e-6)
+    assert all(isinstance(value, float) for value in flat.values())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_what_was_not_computed_is_absent(backend):
+    pred, target = make_rows(33, 7)
+    _, stats = functional.seq_loss(pred, target, backend=backend, mse=0.0, cosine=1.0)
+    assert set(stats.value) == set(stats.weight) == set(stats.contribution) == {"cosine"}
+    assert stats.grad_norm == {}
+    assert stats.top1 is None
+    assert stats.chance is None
+    assert set(stats.as_dict()) == {
+        "loss_cosine", "weight_cosine", "contribution_cosine", "cosine_similarity", "pred_norm", "target_norm",
+    }  # fmt: skip
+
+
+def test_stats_hold_no_graph():
+    pred, target = make_rows(33, 7)
+    for backend in ("cpu", "reference"):
+        _, stats = functional.seq_loss(pred.requires_grad_(), target, backend=backend, **ALL)
+        tensors = [stats.values, stats.weights, stats.metrics] + ([] if stats.gram is None else [stats.gram])
+        assert not any(x.requires_grad for x in tensors)
+
+
+def test_stats_before_a_call():
+    with pytest.raises(RuntimeError, match="not been called"):
+        FusedSeqLoss().stats  # noqa: B018
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_monitoring_changes_no_gradient(backend):
+    pred, target = make_rows(33, 7)
+    plain = FusedSeqLoss(backend=backend)
+    watching = FusedSeqLoss(backend=backend, monitor=("infonce", "cosine"))
+    loss, grad = gradient(plain, pred, target)
+    got_loss, got_grad = gradient(watching, pred, target)
+    assert torch.equal(got_loss, loss)
+    assert torch.equal(got_grad, grad)
+    wanted = truth(pred, target, **TERMS["infonce"]).loss.item()
+    assert watching.stats.value["infonce"].item() == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("weighting", ["gradient", "value", lambda gram, values: values])
+def test_weightings_to_come(weighting):
+    with pytest.raises(NotImplementedError, match="weighting"):
+        FusedSeqLoss(weighting=weighting)
+
+
+def test_functional_transforms_are_right_or_refused():
+    pred, target = make_rows(33, 7)
+    wanted = seq_loss(pred, target, backend="cpu", **ALL).grad
+    try:
+        got = torch.func.grad(lambda x: functional.seq_loss(x, target, backend="cpu", **ALL)[0])(pred)
+    except RuntimeError as error:
+        assert "functorch" in str(error)  # noqa: PT017
+    else:
+        torch.testing.assert_close(got, wanted)
+
+
+def test_inference_mode():
+    pred, target = make_rows(33, 7)
+    criterion = FusedSeqLoss(backend="cpu", **ALL)
+    wanted = criterion(pred, target)
+    with torch.inference_mode():
+        got = criterion(pred, target)
+        inside = criterion(pred.clone().requires_grad_(), target.clone())
+    assert torch.equal(got, wanted)
+    assert torch.equal(inside, wanted)
+    assert criterion.stats.grad_norm == {}
+
+
+def test_repr_shows_what_was_chosen():
+    assert "infonce=0.5, temperature=0.1" in repr(FusedSeqLoss(infonce=0.5, temperature=0.1))
+    assert "mse" not in repr(FusedSeqLoss())
