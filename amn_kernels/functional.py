@@ -1,13 +1,14 @@
 """`seq_loss`: the loss without state."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from amn_kernels import backends
 from amn_kernels.checks import check_inputs
 from amn_kernels.options import LossOptions
 from amn_kernels.reference.seq_loss import compute_dtype
 from amn_kernels.stats import LossStats
+from amn_kernels.weighting import make_weighting
 
 
 def seq_loss(
@@ -28,7 +29,7 @@ def seq_loss(
         extra_negatives: Keys that are nobody's positive (hard negatives, a queue); used by infonce.
         ids: Rows with one id are not each other's negatives; used by infonce.
         **options: The fields of `LossOptions`: term weights, temperature and so on. ``learnable_temperature`` and
-            running weights are state: use `FusedSeqLoss` for them.
+            running weights are state: use `FusedSeqLoss` for them. Here ``weighting`` balances the current call alone.
 
     Returns:
         The loss, a 0-dim float32 tensor (float64 for float64 input), and the `LossStats` of the call. A zero vector
@@ -44,7 +45,13 @@ def seq_loss(
     if checked.learnable_temperature:
         raise ValueError("learnable_temperature=True needs a place to keep the parameter: use FusedSeqLoss")
     backend = backends.requested(checked.backend)
-    return evaluate(pred, target, checked, backend, mask=mask, extra_negatives=extra_negatives, ids=ids)
+    weighting = make_weighting(checked)
+    if weighting is not None:
+        weighting.to(pred.device)
+    loss, stats = evaluate(
+        pred, target, checked, backend, weighting=weighting, mask=mask, extra_negatives=extra_negatives, ids=ids
+    )
+    return loss, stats
 
 
 def evaluate(
@@ -53,17 +60,22 @@ def evaluate(
     options: LossOptions,
     backend: str | None,
     *,
-    weights: Tensor | None = None,  # [m]
+    weights: Tensor | None = None,  # [m] the fixed weights, if they are at hand as a tensor
+    weighting: nn.Module | None = None,
+    told: set[str] | None = None,
     temperature: Tensor | None = None,  # []
     mask: Tensor | None = None,
     extra_negatives: Tensor | None = None,
     ids: Tensor | None = None,
 ) -> tuple[Tensor, LossStats]:
-    """`seq_loss` on checked options, with the state that `FusedSeqLoss` keeps: weights and temperature."""
+    """`seq_loss` on checked options, with the state that `FusedSeqLoss` keeps: weighting and temperature."""
     check_inputs(pred, target, options, mask, extra_negatives, ids)
     real = compute_dtype(pred, target)
     if weights is None or weights.dtype is not real or weights.device != pred.device:
         weights = torch.tensor(options.lambdas, dtype=real, device=pred.device)
     call = backends.Call(pred, target, options, weights, temperature, mask, extra_negatives, ids)
     loss, (values, gram, metrics) = backends.choose(call, backend).run(call)
-    return loss, LossStats(options.terms, options.enabled, values.detach(), weights, gram, metrics)
+    if weighting is not None:
+        weights = weighting(values.detach(), gram)
+        loss = torch.dot(values, weights)
+    return loss, LossStats(options, values.detach(), weights, gram, metrics, set() if told is None else told)

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from amn_kernels import backends, functional
 from amn_kernels.options import LossOptions
 from amn_kernels.stats import LossStats
+from amn_kernels.weighting import make_weighting
 
 
 class _Last:
     """What the last call left. Not an attribute of the module, whose assignment looks for parameters each time."""
 
-    stats: LossStats | None = None
+    def __init__(self):
+        self.stats: LossStats | None = None
+        self.told: set[str] = set()
 
 
 class FusedSeqLoss(nn.Module):
@@ -64,6 +67,7 @@ class FusedSeqLoss(nn.Module):
         self.register_buffer("_weights", torch.tensor(self.options.lambdas), persistent=False)
         if learnable_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log())
+        self.weighting = make_weighting(self.options)
         self._last = _Last()
 
     def forward(
@@ -82,6 +86,8 @@ class FusedSeqLoss(nn.Module):
             self.options,
             self._backend,
             weights=self._weights,
+            weighting=self.weighting,
+            told=self._last.told,
             temperature=self.log_temperature.exp() if self.options.learnable_temperature else None,
             mask=mask,
             extra_negatives=extra_negatives,

@@ -32,7 +32,10 @@ class LossOptions:
         moment: λ of the squared difference of batch mean and of standard deviation, per dimension, averaged.
         variance: λ of ``mean_k relu(γ_k - sd_k(p / |p|))``, the variance hinge of VICReg (Bardes et al. 2022,
             arXiv:2105.04906) in normalised space.
-        weighting: How the weight of each term follows from its λ. ``"fixed"``: the weight is λ.
+        weighting: How the weight of each term follows from its λ. ``"gradient"``: so that term i pulls on the
+            prediction λ_i / λ_anchor times as hard as the anchor, whatever its scale; ``"value"``: the same by loss
+            values; ``"fixed"``: the weight is λ; or a function of (gramian [m, m], values [m]) of the terms that are
+            on, which returns weights [m] that λ is multiplied by. Defined in `amn_kernels.weighting`.
         anchor: The term that keeps its own scale; default: mse if it is on, else the first term that is on.
         ema: Decay of running norms and values, in [0, 1).
         temperature: τ > 0 of InfoNCE.
@@ -131,14 +134,17 @@ class LossOptions:
     def _check_available(self):
         if not (callable(self.weighting) or self.weighting in ("fixed", "value", "gradient")):
             raise ValueError(f"weighting must be fixed, value, gradient or a callable, got {self.weighting!r}")
-        if self.weighting != "fixed":
-            raise NotImplementedError(f"weighting={self.weighting!r} {_NOT_YET}; use weighting='fixed'")
         if self.false_negative_margin is not None:
             raise NotImplementedError(f"false_negative_margin {_NOT_YET}")
         if self.positives != "diagonal":
             raise NotImplementedError(f"positives={self.positives!r} {_NOT_YET}; use positives='diagonal'")
         if self.process_group is not None or self.gather_negatives:
             raise NotImplementedError(f"process_group / gather_negatives {_NOT_YET}")
+
+    @property
+    def default_anchor(self) -> str:
+        """The anchor where none is named: mse if it is on, else the first term that is on."""
+        return "mse" if "mse" in self.enabled else self.enabled[0]
 
 
 def _number(option: str, value: Any) -> float:

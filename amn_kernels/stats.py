@@ -1,10 +1,14 @@
 """What a call of the loss reports: values, weights and diagnostics, as device tensors until somebody reads them."""
 
+import itertools
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from amn_kernels.options import LossOptions
 
 METRICS = ("cosine_similarity", "top1", "chance", "pred_norm", "target_norm")
 """The entries of `TermOutputs.metrics`, in order."""
@@ -23,19 +27,35 @@ class TermOutputs(NamedTuple):
     """[5] means over the rows that count, in the order of `METRICS`; top1 and chance are 0 without infonce."""
 
 
+DOMINANCE = 100.0
+"""With fixed weights, a term that pulls this many times harder than the anchor is warned of."""
+
+
+class DominanceWarning(UserWarning):
+    """With fixed weights, one term's gradient all but decides the update."""
+
+
 @dataclass(slots=True)
 class LossStats:
     """Diagnostics of one call of the loss. All tensors are detached; only `as_dict` synchronises.
 
-    A term that was not computed is absent from every dictionary, never 0.
+    A term that was not computed is absent from every dictionary, never 0. Gradients are those of the terms with respect
+    to pred, [N, D] taken as one vector; where no gradients were asked for, as under ``torch.no_grad()``, `grad_norm`,
+    `share` and `gradient_cosine` are empty.
     """
 
-    terms: tuple[str, ...]
-    differentiated: tuple[str, ...]  # the terms that send a gradient
+    options: LossOptions
     values: Tensor  # [m]
     weights: Tensor  # [m]
     gram: Tensor | None  # [m, m]
     metrics: Tensor  # [5]
+    told: set[str]
+    """What the user was warned of already; shared by the calls of one loss."""
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the terms that were computed, in the order of every [m]."""
+        return self.options.terms
 
     @property
     def value(self) -> dict[str, Tensor]:
@@ -54,15 +74,26 @@ class LossStats:
 
     @property
     def grad_norm(self) -> dict[str, Tensor]:
-        """Norm of the unweighted term's gradient with respect to pred, [N, D] taken as one vector.
+        """Norm of the unweighted gradient of each term that is on."""
+        return {} if self.gram is None else self._by_enabled_term(self._norms())
 
-        Empty where the backend did no gradient work, as under ``torch.no_grad()``; a monitored term is absent.
-        """
+    @property
+    def share(self) -> dict[str, Tensor]:
+        """weight · grad_norm of each term that is on, over the sum of them all."""
         if self.gram is None:
             return {}
-        norms = self._by_term(self.gram.diagonal().clamp(min=0).sqrt())
-        # A monitored term has weight 0 exactly and no gradient was computed for it.
-        return {term: norm for term, norm in norms.items() if term in self.differentiated}
+        pulls = self.weights * self._norms()
+        return self._by_enabled_term(pulls / pulls.sum())
+
+    @property
+    def gradient_cosine(self) -> dict[tuple[str, str], Tensor]:
+        """Cosine of the angle between the gradients of each pair of terms that are on; below 0 they conflict."""
+        if self.gram is None:
+            return {}
+        norms = self._norms()
+        cosine = self.gram / (norms.unsqueeze(1) * norms)
+        index = {term: self.terms.index(term) for term in self.options.enabled}
+        return {(a, b): cosine[index[a], index[b]] for a, b in itertools.combinations(index, 2)}
 
     @property
     def cosine_similarity(self) -> Tensor:
@@ -90,9 +121,10 @@ class LossStats:
         return self._metric("target_norm")
 
     def as_dict(self) -> dict[str, float]:
-        """Everything as flat floats, ``loss_mse``, ``weight_mse``, ``contribution_mse``, ``grad_norm_mse``, ...
+        """Everything as flat floats: `loss_mse`, `weight_mse`, `share_mse`, `gradient_cosine_mse_infonce` and so on.
 
-        The one place that waits for the device.
+        The one place that waits for the device. Warns once per loss, with a `DominanceWarning`, if fixed weights let a
+        term drown the anchor.
         """
         named = {}
         for prefix, numbers in {
@@ -100,8 +132,10 @@ class LossStats:
             "weight": self.weight,
             "contribution": self.contribution,
             "grad_norm": self.grad_norm,
+            "share": self.share,
         }.items():
             named.update({f"{prefix}_{term}": number for term, number in numbers.items()})
+        named.update({f"gradient_cosine_{a}_{b}": number for (a, b), number in self.gradient_cosine.items()})
         named.update(
             {
                 name: number
@@ -109,10 +143,35 @@ class LossStats:
                 if "infonce" in self.terms or name not in _INFONCE_METRICS
             }
         )
-        return dict(zip(named, torch.stack(list(named.values())).tolist(), strict=True))
+        numbers = dict(zip(named, torch.stack(list(named.values())).tolist(), strict=True))
+        self._warn_of_dominance(numbers)
+        return numbers
+
+    def _warn_of_dominance(self, numbers: dict[str, float]) -> None:
+        options, anchor = self.options, self.options.anchor or self.options.default_anchor
+        if options.weighting != "fixed" or not numbers.get(f"share_{anchor}") or "dominance" in self.told:
+            return
+        ratios = {term: numbers[f"share_{term}"] / numbers[f"share_{anchor}"] for term in options.enabled}
+        term = max(ratios, key=ratios.get)
+        if ratios[term] > DOMINANCE:
+            self.told.add("dominance")
+            wanted = getattr(options, term) / getattr(options, anchor)
+            warnings.warn(
+                f"the gradient of {term} is {ratios[term]:,.0f} times that of {anchor} at these fixed weights, so "
+                f"{term} decides the update alone; weighting='gradient' would keep it at {wanted:g} times",
+                DominanceWarning,
+                stacklevel=3,
+            )
+
+    def _norms(self) -> Tensor:  # [m]
+        return self.gram.diagonal().clamp(min=0).sqrt()
 
     def _by_term(self, numbers: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.terms, numbers.unbind(), strict=True))
+
+    def _by_enabled_term(self, numbers: Tensor) -> dict[str, Tensor]:
+        # A monitored term has no gradient: what its entry holds is not a measurement.
+        return {term: number for term, number in self._by_term(numbers).items() if term in self.options.enabled}
 
     def _metric(self, name: str) -> Tensor:
         return self.metrics[METRICS.index(name)]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from amn_kernels.reference import terms
+from amn_kernels.reference import gradients, terms
 from amn_kernels.stats import TermOutputs
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def term_outputs(
     extra_negatives: Tensor | None = None,  # [K, D]
     ids: Tensor | None = None,  # [N] or [B, T]
 ) -> TermOutputs:
-    """Value of each of ``options.terms``, differentiable in every floating tensor given, and the metrics.
+    """Value of each of ``options.terms``, differentiable in every floating tensor given, Gram matrix and metrics.
 
     Half precision input is computed in float32, as in every backend.
 
@@ -43,17 +43,17 @@ def term_outputs(
     pred, target = (torch.where(mask.unsqueeze(-1), x.to(dtype), 0) for x in (pred, target))
     rows, row_targets, row_mask = pred.flatten(0, -2), target.flatten(0, -2), mask.flatten()
 
+    groups = [to_groups(x, options.negatives, mask.dim()) for x in (pred, target, mask)]  # [G, M, ...]
+    infonce_options = {
+        "ids": None if ids is None else to_groups(ids, options.negatives, mask.dim()),
+        "extra_negatives": None if extra_negatives is None else extra_negatives.to(dtype),
+        "both_directions": options.direction == "both",
+    }
     top1 = chance = None
     values = []
     for term in options.terms:
         if term == "infonce":
-            value, top1, chance = terms.infonce(
-                *(to_groups(x, options.negatives, mask.dim()) for x in (pred, target, mask)),
-                temperature,
-                ids=None if ids is None else to_groups(ids, options.negatives, mask.dim()),
-                extra_negatives=None if extra_negatives is None else extra_negatives.to(dtype),
-                both_directions=options.direction == "both",
-            )
+            value, top1, chance = terms.infonce(*groups, temperature, **infonce_options)
             top1, chance = (from_groups(x, options.negatives, mask.shape) for x in (top1, chance))
         elif term == "variance":
             value = terms.variance(rows, row_targets, row_mask, options.variance_target)
@@ -61,6 +61,15 @@ def term_outputs(
             value = getattr(terms, term)(rows, row_targets, row_mask)
         # A monitored term has a value and no gradient.
         values.append(value.detach() if term in options.monitor else value)
+
+    gram = None
+    if pred.requires_grad and torch.is_grad_enabled():
+        with torch.no_grad():
+            g = gradients.term_gradients(
+                options.terms, *groups, temperature, **infonce_options, gamma=options.variance_target
+            ).flatten(1)  # [m, N D]
+            on = torch.tensor([term not in options.monitor for term in options.terms], device=g.device)
+            gram = torch.where(on & on.unsqueeze(1), g @ g.mT, 0)
 
     with torch.no_grad():
         nothing = torch.zeros_like(row_mask, dtype=dtype)
@@ -72,7 +81,7 @@ def term_outputs(
             row_targets.norm(dim=-1),
         )
         means = torch.stack([torch.where(row_mask, x, 0).sum() / row_mask.sum().clamp(min=1) for x in metrics])
-    return TermOutputs(torch.stack(values), None, means)
+    return TermOutputs(torch.stack(values), gram, means)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -60,29 +60,41 @@ def infonce(
         The value; per row, whether the own target has the highest similarity of all valid keys (a tie, to within
         `TIE`, is a miss); and per row the chance level of the value, ``ln(number of valid keys)``, in pred's dtype.
     """
-    valid = _valid_pairs(mask, ids)  # [G, M, M]
-    keys, key_valid = normalize(target), valid
-    if extra_negatives is not None:
-        k = extra_negatives.shape[0]
-        keys = torch.cat([keys, normalize(extra_negatives).expand(pred.shape[0], k, -1)], dim=1)
-        key_valid = torch.cat([valid, valid.new_ones(*valid.shape[:2], k)], dim=2)
-    logits = normalize(pred) @ keys.mT / temperature  # [G, M, M + K]
-    logits = logits.masked_fill(~key_valid, -torch.inf)
-    # The own logit comes from the row pair itself and not from the matrix product, where it would carry the rounding
-    # of another summation order: equal vectors then tie exactly.
+    logits = infonce_logits(pred, target, mask, temperature, ids=ids, extra_negatives=extra_negatives)
     own = cosine_similarity(pred, target) / temperature  # [G, M]
-    logits = torch.where(_diagonal(logits), own.unsqueeze(-1), logits)
     row_loss = torch.logsumexp(logits, dim=2) - own
     if both_directions:
-        columns = logits[..., : pred.shape[1]].masked_fill(~valid, -torch.inf)
+        columns = logits[..., : pred.shape[1]].masked_fill(~valid_pairs(mask, ids), -torch.inf)
         row_loss = (row_loss + torch.logsumexp(columns, dim=1) - own) / 2
     both_nonzero = (_nonzero(pred) & _nonzero(target)).squeeze(-1)
     row_loss = torch.where(both_nonzero, row_loss, row_loss.detach())
     with torch.no_grad():
         others = logits.masked_fill(_diagonal(logits), -torch.inf)
         top1 = own - others.amax(dim=2) > TIE * torch.finfo(own.dtype).eps / temperature
-        chance = key_valid.sum(dim=2).clamp(min=1).to(pred.dtype).log()
+        chance = torch.isneginf(logits).logical_not().sum(dim=2).to(pred.dtype).log()
     return _row_mean(row_loss, mask), top1, chance
+
+
+def infonce_logits(
+    pred: Tensor,  # [G, M, D]
+    target: Tensor,  # [G, M, D]
+    mask: Tensor,  # [G, M]
+    temperature: Tensor | float,
+    *,
+    ids: Tensor | None = None,  # [G, M]
+    extra_negatives: Tensor | None = None,  # [K, D]
+) -> Tensor:  # [G, M, M + K]
+    """``s_ij = cos(p_i, k_j) / τ`` over targets and extra negatives; -inf where key j does not count for row i."""
+    keys, valid = normalize(target), valid_pairs(mask, ids)
+    if extra_negatives is not None:
+        k = extra_negatives.shape[0]
+        keys = torch.cat([keys, normalize(extra_negatives).expand(pred.shape[0], k, -1)], dim=1)
+        valid = torch.cat([valid, valid.new_ones(*valid.shape[:2], k)], dim=2)
+    logits = (normalize(pred) @ keys.mT / temperature).masked_fill(~valid, -torch.inf)
+    # The own logit comes from the row pair itself and not from the matrix product, where it would carry the rounding
+    # of another summation order: equal vectors then tie exactly.
+    own = cosine_similarity(pred, target) / temperature  # [G, M]
+    return torch.where(_diagonal(logits), own.unsqueeze(-1), logits)
 
 
 def moment(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:  # [N, D], [N, D], [N] -> []
@@ -90,7 +102,7 @@ def moment(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:  # [N, D], [N,
 
     μ is the mean and sd the unbiased standard deviation, 0 for fewer than 2 rows.
     """
-    (mean_p, sd_p), (mean_t, sd_t) = _column_moments(pred, mask), _column_moments(target, mask)
+    (mean_p, sd_p), (mean_t, sd_t) = column_moments(pred, mask), column_moments(target, mask)
     return (mean_p - mean_t).square().mean() + (sd_p - sd_t).square().mean()
 
 
@@ -106,9 +118,9 @@ def variance(pred: Tensor, target: Tensor, mask: Tensor, gamma: float | None = N
         mask: [N] bool.
         gamma: One γ for all dimensions, or None.
     """
-    _, sd = _column_moments(normalize(pred), mask)
+    _, sd = column_moments(normalize(pred), mask)
     if gamma is None:
-        _, wanted = _column_moments(normalize(target.detach()), mask)
+        _, wanted = column_moments(normalize(target.detach()), mask)
     else:
         wanted = torch.full_like(sd, gamma)
     return torch.relu(wanted - sd).mean()
@@ -124,7 +136,7 @@ def _row_mean(rows: Tensor, mask: Tensor) -> Tensor:  # [...], [...] -> []
     return torch.where(mask, rows, torch.zeros_like(rows)).sum() / mask.sum().clamp(min=1)
 
 
-def _column_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # [N, D], [N] -> [D], [D]
+def column_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # [N, D], [N] -> [D], [D]
     """Mean and unbiased standard deviation over the rows that count; the deviation is 0 for fewer than 2 of them."""
     n = mask.sum()
     rows = mask.unsqueeze(-1)
@@ -136,7 +148,7 @@ def _column_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # [N, D]
     return mean, sd
 
 
-def _valid_pairs(mask: Tensor, ids: Tensor | None) -> Tensor:  # [G, M] -> [G, M, M]
+def valid_pairs(mask: Tensor, ids: Tensor | None) -> Tensor:  # [G, M] -> [G, M, M]
     """Whether key j counts for row i. The own key always does, so that no row is without a key."""
     valid = mask.unsqueeze(1).expand(-1, mask.shape[1], -1)
     if ids is not None:

@@ -1,0 +1,156 @@
+"""How the weight of each term follows from its λ: the weightings, with their state.
+
+A weighting is called with the values [m] and the Gram matrix [m, m] of the term gradients and returns weights [m]. All
+arithmetic is on the device, without a host read, so it can be captured and compiled.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from amn_kernels.options import LossOptions
+
+SPIKE = 9.0
+"""An update counts as at most this many times the running mean of the squared norm (3 times the norm) ..."""
+SPIKE_AFTER = 10
+"""... once the running mean has seen this many updates."""
+LEAST, MOST = 1e-6, 1e6
+"""Bounds of weight / λ."""
+HINGES = frozenset(("moment", "variance"))
+"""Penalties that fade to zero when they are met; amplified, they would pull hardest when they have least to say."""
+
+
+def make_weighting(options: LossOptions) -> nn.Module | None:
+    """The weighting that the options name; None for fixed weights, which need no state and no arithmetic."""
+    if options.weighting == "fixed":
+        return None
+    if callable(options.weighting):
+        return CallableWeighting(options)
+    return BalancedWeighting(options)
+
+
+class BalancedWeighting(nn.Module):
+    """Weights by which each term pulls λ_i / λ_anchor times as hard as the anchor, which keeps its own scale.
+
+    ``"gradient"``: x_i is the squared norm G_ii of the term's gradient; ``"value"``: x_i is the term's value. Per term
+    there is a bias-corrected running mean E_i of x_i (the correction: Kingma & Ba 2015, arXiv:1412.6980, section 3), each
+    update at most `SPIKE` times the mean so far. With N = sqrt(E), M_i = max(N_i, current norm) for gradient and
+    N = M = E for value::
+
+        w_anchor = λ_anchor,    w_i = λ_i clamp(N_anchor / M_i, LEAST, MOST),    hinges: w_i at most λ_i
+
+    A term or an anchor that has no running mean yet keeps λ_i. The state moves only in training mode, every
+    ``update_every`` calls, and only by values that are finite and positive; others are counted in `skipped`.
+
+    Buffers (float32, or int64 for counters): ``mean`` [m] before bias correction, ``updates`` [m], ``calls`` [],
+    ``skipped`` [m].
+    """
+
+    def __init__(self, options: LossOptions):
+        super().__init__()
+        self.terms = options.terms
+        self.kind = options.weighting
+        self.decay = options.ema
+        self.update_every = options.update_every
+        self.anchor = options.terms.index(options.anchor or options.default_anchor)
+        m = len(self.terms)
+        self.register_buffer("mean", torch.zeros(m))
+        self.register_buffer("updates", torch.zeros(m, dtype=torch.int64))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("skipped", torch.zeros(m, dtype=torch.int64))
+        # Constants that move with the module; not state.
+        self.register_buffer("lambdas", torch.tensor(options.lambdas), persistent=False)
+        most = [1.0 if term in HINGES else MOST for term in self.terms]
+        self.register_buffer("most", torch.tensor(most), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, values: Tensor, gram: Tensor | None) -> Tensor:  # [m], [m, m] -> [m]
+        """Weights in the dtype of the values; updates the state in training mode.
+
+        Without a Gram matrix (no gradients were asked for), gradient weights come from the state as it is.
+        """
+        if values.device != self.mean.device:
+            raise ValueError(
+                f"the loss is on {self.mean.device}, pred on {values.device}: move it with .to({str(values.device)!r})"
+            )
+        observed = values if self.kind == "value" else None if gram is None else gram.diagonal()
+        if observed is not None:
+            observed = observed.float()
+            if self.training:
+                self._update(observed)
+        mean = self._corrected_mean()
+        if self.kind == "gradient":
+            norm = mean.sqrt()
+            current = norm if observed is None else observed.clamp(min=0).sqrt().nan_to_num(nan=0.0)
+            ratio = norm[self.anchor] / torch.maximum(norm, current)
+        else:
+            ratio = mean[self.anchor] / mean
+        known = (self.updates > 0) & (self.updates[self.anchor] > 0)
+        ratio = torch.where(known, torch.minimum(ratio.clamp(min=LEAST), self.most), 1.0)
+        ratio[self.anchor] = 1.0
+        return (self.lambdas * ratio).to(values.dtype)
+
+    def _update(self, observed: Tensor) -> None:
+        due = self.calls % self.update_every == 0
+        usable = torch.isfinite(observed) & (observed > 0)
+        on = self.lambdas > 0
+        take = due & usable & on
+        limit = torch.where(self.updates >= SPIKE_AFTER, SPIKE * self._corrected_mean(), math.inf)
+        step = (1 - self.decay) * (torch.minimum(observed, limit) - self.mean)
+        # Multiplied by a flag, a NaN would still get through.
+        self.mean.add_(torch.where(take, step, 0.0))
+        self.updates.add_(take)
+        self.skipped.add_(due & ~usable & on)
+        self.calls.add_(1)
+
+    def _corrected_mean(self) -> Tensor:  # [m]; 0 without updates
+        return self.mean / (1 - self.decay ** self.updates.clamp(min=1))
+
+    def _apply(self, fn, recurse=True):
+        # `.half()` and the like convert floating buffers; running squares of norms would overflow or vanish there.
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+    def get_extra_state(self) -> dict:
+        """What the numbers in the buffers belong to."""
+        return {"terms": list(self.terms), "weighting": self.kind}
+
+    def set_extra_state(self, state: dict) -> None:
+        """Raises ValueError if the state belongs to other terms or another weighting."""
+        if state != self.get_extra_state():
+            raise ValueError(
+                f"weighting state is of weighting {state['weighting']!r} over {', '.join(state['terms'])}; "
+                f"this loss has weighting {self.kind!r} over {', '.join(self.terms)}"
+            )
+
+
+class CallableWeighting(nn.Module):
+    """Weights λ_i f(Gram, values)_i by a function of the caller, over the terms that are on, in signature order."""
+
+    def __init__(self, options: LossOptions):
+        super().__init__()
+        self.function = options.weighting
+        self.terms = options.terms
+        self.enabled = [options.terms.index(term) for term in options.enabled]
+        self.register_buffer("lambdas", torch.tensor(options.lambdas, dtype=torch.float64), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, values: Tensor, gram: Tensor | None) -> Tensor:  # [m], [m, m] -> [m]
+        """Weights in the dtype of the values; plain λ where no gradients were asked for."""
+        weights = self.lambdas.to(device=values.device, dtype=values.dtype, copy=True)
+        if gram is None:
+            return weights
+        some = self.enabled
+        scale = self.function(gram[some][:, some], values[some])
+        if not isinstance(scale, Tensor) or scale.shape != (len(some),):
+            raise ValueError(
+                f"weighting must return a tensor of shape [{len(some)}], one weight per enabled term, "
+                f"got {list(scale.shape) if isinstance(scale, Tensor) else type(scale).__name__}"
+            )
+        weights[some] *= scale.to(weights)
+        return weights

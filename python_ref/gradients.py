@@ -1,0 +1,126 @@
+"""The gradient of every term with respect to pred, written out: the table that fused code implements.
+
+`term_gradients` agrees with automatic differentiation of `amn_kernels.reference.terms`; written out, it can be used
+inside a forward pass that is itself traced or differentiated. Formulas with d = p - t, so that nothing cancels for p
+near t.
+"""
+
+import torch
+from torch import Tensor
+
+from amn_kernels.reference import terms
+
+
+def term_gradients(
+    names: tuple[str, ...],  # m names of terms
+    pred: Tensor,  # [G, M, D]: G groups of M rows that are each other's negatives
+    target: Tensor,  # [G, M, D]
+    mask: Tensor,  # [G, M] bool
+    temperature: Tensor | float,
+    *,
+    ids: Tensor | None = None,  # [G, M]
+    extra_negatives: Tensor | None = None,  # [K, D]
+    both_directions: bool = False,
+    gamma: float | None = None,
+) -> Tensor:  # [m, G M, D]
+    """Gradient with respect to pred of each term; arguments as in `amn_kernels.reference.terms`."""
+    p, t, valid = pred.flatten(0, 1), target.flatten(0, 1), mask.flatten()
+    gradients = {
+        "mse": lambda: mse(p, t, valid),
+        "cosine": lambda: cosine(p, t, valid),
+        "infonce": lambda: infonce(
+            pred,
+            target,
+            mask,
+            temperature,
+            ids=ids,
+            extra_negatives=extra_negatives,
+            both_directions=both_directions,
+        ).flatten(0, 1),
+        "moment": lambda: moment(p, t, valid),
+        "variance": lambda: variance(p, t, valid, gamma),
+    }
+    return torch.stack([torch.where(valid.unsqueeze(-1), gradients[name](), 0) for name in names])
+
+
+def mse(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:  # [N, D], [N, D], [N] -> [N, D]
+    """``2/(nD) d``."""
+    return 2 / (_count(mask) * pred.shape[-1]) * (pred - target)
+
+
+def cosine(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:  # [N, D], [N, D], [N] -> [N, D]
+    """``1/n (d / (|p||t|) - ((1 - cos) + (|p| - |t|)/|t|) p / |p|²)``; 0 where either counts as zero."""
+    inv_pred, inv_target = _inverse_norm(pred), _inverse_norm(target)
+    d = pred - target
+    norms = pred.norm(dim=-1, keepdim=True) + target.norm(dim=-1, keepdim=True)
+    excess = (d * (pred + target)).sum(dim=-1, keepdim=True) / norms.clamp(min=terms.EPS) * inv_target
+    one_minus_cos = ((d - excess * target) * inv_pred).square().sum(dim=-1, keepdim=True) / 2
+    gradient = inv_pred * inv_target * d - inv_pred.square() * (one_minus_cos + excess) * pred
+    return torch.where((inv_pred > 0) & (inv_target > 0), gradient, 0) / _count(mask)
+
+
+def infonce(
+    pred: Tensor,  # [G, M, D]
+    target: Tensor,  # [G, M, D]
+    mask: Tensor,  # [G, M]
+    temperature: Tensor | float,
+    *,
+    ids: Tensor | None = None,
+    extra_negatives: Tensor | None = None,
+    both_directions: bool = False,
+) -> Tensor:  # [G, M, D]
+    """``1/(nτ|p|) (o - (p.o)/|p|² p)`` with ``o = Σ_{j≠i} w_ij k_j/|k_j| - (Σ_{j≠i} w_ij) t/|t|``.
+
+    w are the softmax weights; in both directions the mean of those of the rows and of the columns.
+    """
+    rows = pred.shape[1]
+    p, keys = terms.normalize(pred), terms.normalize(target)
+    both = (_inverse_norm(pred) > 0) & (_inverse_norm(target) > 0)  # [G, M, 1]: the other rows send no gradient
+    logits = terms.infonce_logits(pred, target, mask, temperature, ids=ids, extra_negatives=extra_negatives)
+    own = torch.eye(*logits.shape[1:], dtype=torch.bool, device=logits.device)
+    by_row = torch.softmax(logits, dim=2).masked_fill(own, 0) * both  # [G, M, M + K]
+    to_positive = by_row.sum(dim=2, keepdim=True)
+    if both_directions:
+        square = own[:, :rows]
+        pairs = terms.valid_pairs(mask, ids)
+        by_column = torch.softmax(logits[..., :rows].masked_fill(~pairs, -torch.inf), dim=1).masked_fill(square, 0)
+        by_column = by_column * both.mT
+        to_positive = (to_positive + by_column.sum(dim=1).unsqueeze(-1)) / 2
+        by_row = torch.cat([by_row[..., :rows] + by_column, by_row[..., rows:]], dim=2) / 2
+    o = by_row[..., :rows] @ keys - to_positive * keys
+    if extra_negatives is not None:
+        o = o + by_row[..., rows:] @ terms.normalize(extra_negatives)
+    along = (p * o).sum(dim=-1, keepdim=True)
+    return _inverse_norm(pred) * (o - along * p) / (_count(mask) * temperature)
+
+
+def moment(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:  # [N, D], [N, D], [N] -> [N, D]
+    """``2/D ((μ_p - μ_t)/n + (sd_p - sd_t) (p - μ_p) / ((n - 1) sd_p))``."""
+    (mean_p, sd_p), (mean_t, sd_t) = terms.column_moments(pred, mask), terms.column_moments(target, mask)
+    spread = (sd_p - sd_t) * _sd_gradient(pred, mean_p, sd_p, mask)
+    return 2 / pred.shape[-1] * ((mean_p - mean_t) / _count(mask) + spread)
+
+
+def variance(pred: Tensor, target: Tensor, mask: Tensor, gamma: float | None) -> Tensor:  # -> [N, D]
+    """``-1/D`` times the gradient of sd_k(p/|p|) for the dimensions k below γ_k, through the normalisation."""
+    q = terms.normalize(pred)
+    mean, sd = terms.column_moments(q, mask)
+    wanted = terms.column_moments(terms.normalize(target), mask)[1] if gamma is None else gamma
+    into_q = torch.where(sd < wanted, -_sd_gradient(q, mean, sd, mask) / pred.shape[-1], 0)
+    into_q = torch.where(mask.unsqueeze(-1), into_q, 0)
+    return _inverse_norm(pred) * (into_q - (into_q * q).sum(dim=-1, keepdim=True) * q)
+
+
+def _sd_gradient(x: Tensor, mean: Tensor, sd: Tensor, mask: Tensor) -> Tensor:  # [N, D]
+    """``(x - μ) / ((n - 1) sd)``; 0 for a constant column."""
+    scaled = (x - mean) / ((mask.sum() - 1).clamp(min=1) * torch.where(sd > 0, sd, 1))
+    return torch.where(sd > 0, scaled, 0)
+
+
+def _inverse_norm(x: Tensor) -> Tensor:  # [..., D] -> [..., 1]
+    norm = x.norm(dim=-1, keepdim=True)
+    return torch.where(norm < terms.EPS, 0, 1 / norm)
+
+
+def _count(mask: Tensor) -> Tensor:  # []
+    return mask.sum().clamp(min=1)
