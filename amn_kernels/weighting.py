@@ -34,8 +34,8 @@ class BalancedWeighting(nn.Module):
     """Weights by which each term pulls λ_i / λ_anchor times as hard as the anchor, which keeps its own scale.
 
     ``"gradient"``: x_i is the squared norm G_ii of the term's gradient; ``"value"``: x_i is the term's value. Per term
-    there is a bias-corrected running mean E_i of x_i (the correction: Kingma & Ba 2015, arXiv:1412.6980, section 3), each
-    update at most `SPIKE` times the mean so far. With N = sqrt(E), M_i = max(N_i, current norm) for gradient and
+    there is a running mean E_i of x_i, bias-corrected as in Kingma & Ba 2015 (arXiv:1412.6980, section 3), each update
+    at most `SPIKE` times the mean so far. With N = sqrt(E), M_i = max(N_i, current norm) for gradient and
     N = M = E for value::
 
         w_anchor = λ_anchor,    w_i = λ_i clamp(N_anchor / M_i, LEAST, MOST),    hinges: w_i at most λ_i

@@ -45,7 +45,7 @@ def term_gradients(
 
 def mse(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:  # [N, D], [N, D], [N] -> [N, D]
     """``2/(nD) d``."""
-    return 2 / (_count(mask) * pred.shape[-1]) * (pred - target)
+    return 2 * (pred - target) / (_count(mask) * pred.shape[-1])
 
 
 def cosine(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:  # [N, D], [N, D], [N] -> [N, D]
@@ -91,7 +91,7 @@ def infonce(
     if extra_negatives is not None:
         o = o + by_row[..., rows:] @ terms.normalize(extra_negatives)
     along = (p * o).sum(dim=-1, keepdim=True)
-    return _inverse_norm(pred) * (o - along * p) / (_count(mask) * temperature)
+    return _inverse_norm(pred) * (o - along * p) / temperature / _count(mask)
 
 
 def moment(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:  # [N, D], [N, D], [N] -> [N, D]
