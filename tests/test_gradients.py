@@ -1,0 +1,67 @@
+"""The written-out gradients of `amn_kernels.reference.gradients` against automatic differentiation of the terms."""
+
+import itertools
+
+import pytest
+import torch
+
+from amn_kernels.options import TERMS, LossOptions
+from amn_kernels.reference import term_outputs
+
+B, T, D, K = 3, 4, 5, 6
+EVERY_TERM = dict.fromkeys(TERMS, 1.0)
+
+
+def angles_error(gram, values, pred):
+    """Largest error of the Gram matrix, relative to the norms of the two gradients of an entry."""
+    gradients = torch.stack([torch.autograd.grad(v, pred, retain_graph=True)[0].flatten() for v in values])
+    truth = gradients @ gradients.T
+    norms = truth.diagonal().sqrt()
+    return ((gram - truth).abs() / (norms.unsqueeze(1) * norms).clamp(min=1e-30)).max().item()
+
+
+@pytest.mark.parametrize("negatives", ["all", "step", "sequence"])
+@pytest.mark.parametrize("direction", ["pred_to_target", "both"])
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("variance_target", [None, 0.4])
+def test_gram_matrix_is_that_of_the_gradients(negatives, direction, with_mask, variance_target):
+    for seed, (with_ids, with_extra) in enumerate(itertools.product((False, True), repeat=2)):
+        generator = torch.Generator().manual_seed(seed)
+        pred, target = (torch.randn(B, T, D, dtype=torch.float64, generator=generator) for _ in range(2))
+        pred[0, 1], target[1, 2] = 0, 0  # zero vectors: no gradient from cosine and infonce
+        pred.requires_grad_()
+        options = LossOptions(
+            **EVERY_TERM,
+            direction=direction,
+            negatives=negatives,
+            temperature=0.3,
+            variance_target=variance_target,
+            weighting="fixed",
+        )
+        outputs = term_outputs(
+            pred,
+            target,
+            options,
+            mask=torch.rand(B, T, generator=generator) > 0.3 if with_mask else None,
+            ids=torch.randint(0, 3, (B, T), generator=generator) if with_ids else None,
+            extra_negatives=torch.randn(K, D, dtype=torch.float64, generator=generator) if with_extra else None,
+        )
+        assert angles_error(outputs.gram, outputs.values, pred) <= 1e-12
+
+
+def test_gram_matrix_near_convergence_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    target, noise = (torch.randn(64, 48, generator=generator) for _ in range(2))
+    options = LossOptions(mse=1.0, cosine=1.0, infonce=1.0, weighting="fixed")
+    grams = []
+    for dtype in (torch.float32, torch.float64):
+        pred = (target + 1e-3 * noise).to(dtype).requires_grad_()
+        grams.append(term_outputs(pred, target.to(dtype), options).gram.double())
+    torch.testing.assert_close(*grams, rtol=1e-5, atol=0)
+
+
+def test_no_gram_matrix_without_gradients():
+    rows = torch.randn(4, 3)
+    assert term_outputs(rows, rows, LossOptions()).gram is None
+    with torch.no_grad():
+        assert term_outputs(rows.requires_grad_(), rows, LossOptions()).gram is None
