@@ -8,7 +8,7 @@ TRAIN_EXTRA = ("matplotlib", "rich", "safetensors", "tyro")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `info`, `train`, `evaluate` or `demo`; returns the exit code: 0, 2 for wrong use or input, 130 on Ctrl-C.
+    """Runs a subcommand; returns the exit code: 0, 1 for an audit that failed, 2 for wrong use or input, 130 on Ctrl-C.
 
     arguments: those after the program's name; default: the process's own.
     """
@@ -25,13 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from amn_kernels.train import commands
 
     try:
-        commands.run(arguments)
+        return commands.run(arguments)
     except (ValueError, NotImplementedError, FloatingPointError, OSError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _fail(message: str) -> int:

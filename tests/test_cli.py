@@ -38,7 +38,8 @@ def user_file(tmp_path, request):
 @pytest.mark.parametrize("user_file", ["vectors", "windows"], indirect=True)
 def test_train_and_evaluate_a_users_file(user_file, tmp_path, capsys):
     out, figures = tmp_path / "run", tmp_path / "figures.json"
-    options = ["--data", str(user_file), "--out", str(out), "--epochs", "2", "--lambda-info", "0.01", "--threads", "1"]
+    options = ["--data", str(user_file), "--out", str(out), "--epochs", "2", "--lambda-info", "0.01"]
+    options += ["--weighting", "fixed", "--threads", "1"]
     assert cli.main(["train", *options]) == 0
     history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in history] == [1, 2]
@@ -63,6 +64,43 @@ def test_train_and_evaluate_a_users_file(user_file, tmp_path, capsys):
     windows = load_windows(user_file)
     assert (test["windows"], ood["windows"]) == (len(split_windows(windows).test), len(windows))
     assert test["metrics"]["copy last"] != evaluation["metrics"]["copy last"]
+
+
+def test_audit_says_what_would_happen_and_strict_makes_it_an_exit_code(user_file, tmp_path, capsys):
+    # Short vectors, as embeddings of many dimensions have: MSE sees lengths, InfoNCE directions alone.
+    short, figures = tmp_path / "short.npz", tmp_path / "audit.json"
+    with np.load(user_file) as content:
+        np.savez(short, vectors=content["vectors"] * 0.05, article=content["article"])
+    cliff = ["audit", "--data", str(short), "--lambda-mse", "0.5", "--lambda-info", "0.5", "--weighting", "fixed"]
+    assert cli.main([*cliff, "--json", str(figures)]) == 0
+    printed = capsys.readouterr().out
+    assert "infonce would drive" in printed
+    assert "weighting='gradient'" in printed
+    assert "after 20 steps" in printed
+    content = json.loads(figures.read_text())
+    assert set(content) == {
+        *("weighting", "lambdas", "anchor", "start", "after_probe", "probe_steps"),
+        *("dominated", "calibrated", "verdict"),
+    }
+    assert (content["weighting"], content["anchor"]) == ("fixed", "mse")
+    assert content["lambdas"] == {"mse": 0.5, "infonce": 0.5}
+    assert content["dominated"] is True
+    for measurement in (content["start"], content["after_probe"]):
+        terms = measurement["terms"]
+        assert set(terms["mse"]) == {"value", "weight", "contribution", "grad_norm", "ratio", "share"}
+        pulls = {name: term["weight"] * term["grad_norm"] for name, term in terms.items()}
+        assert terms["infonce"]["ratio"] == pytest.approx(pulls["infonce"] / pulls["mse"])
+        assert terms["infonce"]["share"] == pytest.approx(pulls["infonce"] / sum(pulls.values()))
+    assert content["verdict"] in printed
+
+    assert cli.main([*cliff, "--strict"]) == 1
+    assert cli.main([*cliff, "--strict", "--weighting", "gradient"]) == 0
+    calibrated = content["calibrated"]
+    lambdas = ["--lambda-mse", str(calibrated["mse"]), "--lambda-info", str(calibrated["infonce"])]
+    assert cli.main([*cliff, *lambdas, "--strict"]) == 0
+    capsys.readouterr()
+    assert "there is no folder" in failing(["audit", "--json", "nowhere/figures.json"], capsys)
+    assert "probe_steps must be" in failing([*cliff, "--probe-steps", "-1"], capsys)
 
 
 def failing(arguments: list[str], capsys) -> str:
@@ -118,6 +156,7 @@ def test_defaults_are_the_documented_ones():
     config = TrainConfig()
     assert (config.lambda_mse, config.lambda_cosine, config.lambda_info) == (1.0, 0.0, 0.0)
     assert (config.lambda_moment, config.lambda_variance) == (0.0, 0.0)
+    assert config.weighting == "gradient"
     assert (config.epochs, config.lr, config.batch_size, config.temperature, config.seed) == (20, 5e-4, 32, 0.07, 0)
 
 
@@ -153,7 +192,7 @@ def test_help_lists_every_subcommand_and_flag(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("info", "train", "evaluate", "demo"))
+    assert all(name in printed for name in ("info", "train", "evaluate", "audit", "demo", "sweep"))
 
 
 def test_unknown_flag_exits_2():

@@ -17,7 +17,7 @@ from amn_kernels.train.config import TrainConfig
 from amn_kernels.train.runs import interrupts_deferred, load_history, load_run, prepare_folder, write_atomically
 from amn_kernels.train.trainer import make_batches, train
 
-RUN_FILES = ["best.safetensors", "config.json", "history.jsonl", "last.safetensors"]
+RUN_FILES = ["best.safetensors", "config.json", "criterion.pt", "history.jsonl", "last.safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,8 @@ def test_training_beats_the_mean_of_the_context_where_there_is_something_to_lear
 def test_history_and_files(data, tmp_path):
     out = tmp_path / "run"
     console = quiet()
-    history = train(config_of(data, out, lambda_mse=0.5, lambda_info=0.25, lambda_cosine=0.125), console)
+    options = {"lambda_mse": 0.5, "lambda_info": 0.25, "lambda_cosine": 0.125, "weighting": "fixed"}
+    history = train(config_of(data, out, **options), console)
     assert sorted(path.name for path in out.iterdir()) == RUN_FILES
     assert load_history(out) == history
     assert [row["epoch"] for row in history] == [1, 2, 3]
@@ -80,12 +81,53 @@ def test_history_and_files(data, tmp_path):
         for term, weight in lambdas.items():
             assert row[f"weight_{term}"] == pytest.approx(weight)
             assert row[f"contribution_{term}"] == pytest.approx(weight * row[f"loss_{term}"], rel=1e-5)
+        assert sum(row[f"share_{term}"] for term in lambdas) == pytest.approx(1)
+        assert row["gradient_cosine_cosine_infonce"] == pytest.approx(1, abs=1)
         assert row["lr"] == 2e-3
     lines = [line for line in console.file.getvalue().splitlines() if line.startswith("epoch")]
     assert len(lines) == 3
     for line, row in zip(lines, history, strict=True):
-        assert f"infonce {row['loss_infonce']:.4g} x 0.25 = {row['contribution_infonce']:.4g}" in line
+        assert f"infonce {row['loss_infonce']:.4g} x 0.25 ({row['share_infonce']:.1%})" in line
         assert f"cosine train {row['train_cosine']:.4f} validation {row['validation_cosine']:.4f}" in line
+
+
+def test_balanced_terms_pull_in_proportion_to_their_lambdas(data, tmp_path):
+    # With small steps, because running norms lag behind gradients that change fast.
+    history = train(config_of(data, tmp_path / "run", lambda_mse=0.75, lambda_info=0.25, lr=1e-4), quiet())
+    for row in history:
+        assert row["share_infonce"] == pytest.approx(0.25, abs=0.1)
+        assert row["weight_mse"] == pytest.approx(0.75)
+        # The weights move with the gradients: fixed ones would keep 0.25.
+        assert row["weight_infonce"] < 0.1
+    assert history[0]["weight_infonce"] != history[-1]["weight_infonce"]
+
+
+def test_saved_criterion_goes_on_with_the_same_weights(data, tmp_path):
+    """The state in the run's folder, loaded into a new loss, gives the weights that the old one goes on with."""
+    config = config_of(data, tmp_path / "run", epochs=2, lambda_info=0.5)
+    kept = []
+
+    def keep(model, criterion, *arguments):
+        kept[:] = [criterion]
+        return epoch(model, criterion, *arguments)
+
+    epoch = trainer.train_epoch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "train_epoch", keep)
+        train(config, quiet())
+    (criterion,) = kept
+    resumed = config.make_criterion()
+    fresh = config.make_criterion()
+    resumed.load_state_dict(torch.load(config.out / "criterion.pt", weights_only=True))
+    windows = trainer.load_windows(data)
+    for start in range(0, 80, 16):
+        context, target = windows.batch(np.arange(start, start + 16))
+        weights = []
+        for loss in (criterion, resumed, fresh):
+            loss(context.mean(dim=1).requires_grad_(), target)
+            weights.append(loss.stats.as_dict()["weight_infonce"])
+        assert weights[0] == weights[1]
+        assert weights[0] != weights[2]
 
 
 def test_best_checkpoint_is_the_epoch_with_the_best_validation_cosine(data, tmp_path):
@@ -306,7 +348,7 @@ def test_written_files_have_the_usual_permissions(tmp_path):
 
 
 def test_config_survives_the_round_trip(data, tmp_path):
-    config = config_of(data, tmp_path / "run", epochs=1, lambda_info=0.25)
+    config = config_of(data, tmp_path / "run", epochs=1, lambda_info=0.25, weighting="value")
     train(config, quiet())
     assert load_run(tmp_path / "run")[0] == config
 
@@ -352,6 +394,8 @@ def test_every_option_reaches_the_loss_and_the_optimiser(data, tmp_path):
     losses = []
     for name, changes in (
         ("base", {}),
+        ("fixed", {"weighting": "fixed"}),
+        ("value", {"weighting": "value"}),
         ("temperature", {"temperature": 0.5}),
         ("weight_decay", {"weight_decay": 5.0}),
         ("clip_norm", {"clip_norm": 1e-6}),

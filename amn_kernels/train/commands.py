@@ -1,5 +1,8 @@
 """The subcommands as tyro reads them: signatures give the flags, docstrings the help."""
 
+import sys
+import warnings
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -7,10 +10,14 @@ import tyro
 from rich.console import Console
 
 from amn_kernels import backends
+from amn_kernels.train.auditing import AuditConfig, audit_config
 from amn_kernels.train.config import TrainConfig
 from amn_kernels.train.demo import DemoConfig
 from amn_kernels.train.demo import demo as run_demo
 from amn_kernels.train.evaluate import evaluate_run, print_evaluations, save_evaluations
+from amn_kernels.train.runs import write_atomically
+from amn_kernels.train.sweep import SweepConfig
+from amn_kernels.train.sweep import sweep as run_sweep
 from amn_kernels.train.trainer import train as run_training
 
 
@@ -27,6 +34,17 @@ def info() -> None:
 def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
     """Train a next-vector predictor."""
     run_training(config, make_console())
+
+
+def audit(config: Annotated[AuditConfig, tyro.conf.arg(name="")]) -> int:
+    """Say before a training which term of the loss would take it over; changes nothing."""
+    if config.json is not None:
+        _check_parent(config.json)
+    report = audit_config(config, config.probe_steps)
+    make_console().print(report)
+    if config.json is not None:
+        write_atomically(config.json, dumps(report.as_dict(), indent=2) + "\n")
+    return int(config.strict and report.dominated)
 
 
 def evaluate(
@@ -47,8 +65,8 @@ def evaluate(
         ood: NPZ file for the out-of-distribution figures; default: the bundled documentation, if its D is the run's.
         json: Also write the figures to this file.
     """
-    if json is not None and not json.parent.is_dir():
-        raise FileNotFoundError(f"{json}: there is no folder {json.parent}")
+    if json is not None:
+        _check_parent(json)
     baselines, evaluations = evaluate_run(run, data=data, split=split, ood=ood)
     print_evaluations(make_console(), baselines, evaluations)
     if json is not None:
@@ -56,13 +74,36 @@ def evaluate(
 
 
 def demo(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> None:
-    """Train AMN with MSE alone and with 0.5 MSE + 0.5 InfoNCE on the bundled vectors and compare; under 4 minutes."""
+    """Train AMN on the bundled vectors with MSE, with fixed and with balanced InfoNCE; under 4 minutes."""
     run_demo(config, make_console())
 
 
-def run(arguments: list[str]) -> None:
-    """Parses the arguments after the program's name and runs the subcommand; SystemExit(2) for wrong usage."""
-    commands = {"info": info, "train": train, "evaluate": evaluate, "demo": demo}
-    tyro.extras.subcommand_cli_from_dict(
-        commands, prog="amn-kernels", description="A fused loss for models that predict vectors.", args=arguments
-    )
+def sweep(config: Annotated[SweepConfig, tyro.conf.arg(name="")]) -> None:
+    """Draw what InfoNCE buys and costs: hit@10 against cosine for each weighting over its share of the loss."""
+    run_sweep(config, make_console())
+
+
+def run(arguments: list[str]) -> int:
+    """Parses the arguments after the program's name and runs the subcommand; returns its exit code.
+
+    SystemExit(2) for wrong usage.
+    """
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        code = tyro.extras.subcommand_cli_from_dict(
+            {"info": info, "train": train, "evaluate": evaluate, "audit": audit, "demo": demo, "sweep": sweep},
+            prog="amn-kernels",
+            description="A fused loss for models that predict vectors.",
+            args=arguments,
+        )
+    return code or 0
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    # One line for people, without the source line that it came from.
+    print(f"amn-kernels: warning: {message}", file=sys.stderr)
+
+
+def _check_parent(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")

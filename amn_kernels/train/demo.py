@@ -1,4 +1,4 @@
-"""The demo: how a fixed InfoNCE weight drowns MSE, shown on the bundled vectors within minutes."""
+"""The demo: how a fixed InfoNCE weight drowns MSE and a balanced one does not, on the bundled vectors in minutes."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from amn_kernels import FusedSeqLoss
+from amn_kernels.audit import DROWNS
 from amn_kernels.data import Windows, load_windows, split_windows
 from amn_kernels.train.baselines import MEAN, Predictor
 from amn_kernels.train.config import TrainConfig
@@ -20,13 +21,11 @@ from amn_kernels.train.trainer import make_batches, train
 # Half a minute a run. One thread: two save seconds on an idle machine, but on a busy one they wait for each other for
 # minutes. No early stopping, so that the plot shows whole curves.
 SETTINGS = TrainConfig(epochs=8, batch_size=256, lr=1e-3, patience=0, threads=1)
-PLOT = "validation-cosine.png"
+PLOT, WEIGHTS_PLOT = "validation-cosine.png", "weights.png"
 PROBE_BATCHES = 8
 # Smaller differences are called level. Over 2,476 windows a difference of cosines has a standard error of about 0.001
 # (the windows are the same) and a hit rate one of 0.008.
 LEVEL = {"cosine": 0.003, "hit@10": 0.01}
-# A term that pulls this many times harder than another decides the direction alone.
-DROWNS = 10
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,11 @@ class DemoRun:
 
 
 RUNS = [
-    DemoRun("MSE only", "mse", {"lambda_mse": 1.0}),
-    DemoRun("fixed 0.5/0.5", "fixed", {"lambda_mse": 0.5, "lambda_info": 0.5}),
+    DemoRun("MSE only", "mse", {"lambda_mse": 1.0, "weighting": "fixed"}),
+    DemoRun("fixed 0.5/0.5", "fixed", {"lambda_mse": 0.5, "lambda_info": 0.5, "weighting": "fixed"}),
+    DemoRun("gradient 0.5/0.5", "gradient", {"lambda_mse": 0.5, "lambda_info": 0.5, "weighting": "gradient"}),
 ]
+MSE_ONLY = RUNS[0].name
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,13 @@ class DemoConfig:
     """Options of `amn-kernels demo`."""
 
     out: Path = Path("runs/demo")
-    """Folder for the runs and the plot."""
+    """Folder for the runs and the plots."""
     overwrite: bool = False
     """Replace an earlier demo in that folder."""
 
 
 def demo(config: DemoConfig, console: Console) -> str:
-    """Trains RUNS, prints table and verdict, writes the plot; returns the verdict. FileExistsError as in `train`."""
+    """Trains RUNS, prints table and verdict, writes the plots; returns the verdict. FileExistsError as in `train`."""
     prepare_folder(config.out, config.overwrite)
     models, ratios, histories = {}, {}, {}
     windows, ood = load_windows(SETTINGS.data), load_windows(bundled="techdocs")
@@ -77,32 +78,36 @@ def demo(config: DemoConfig, console: Console) -> str:
     _, (inside, outside) = compare(models, windows, "validation", ood)
     console.rule("result")
     print_table(console, inside, outside, ratios)
-    text = verdict(inside, outside, ratios)
+    shares = {name: mean_shares(history) for name, history in histories.items()}
+    text = verdict(inside, outside, ratios, shares)
     console.print(text)
     plot_cosines(config.out / PLOT, histories, inside.metrics[MEAN]["cosine"])
-    console.print(f"curves: {config.out / PLOT}")
+    plot_weights(config.out / WEIGHTS_PLOT, {run.name: histories[run.name] for run in RUNS if run.name != MSE_ONLY})
+    console.print(f"curves: {config.out / PLOT}, weights and shares: {config.out / WEIGHTS_PLOT}")
     return text
 
 
 def probe_ratio(model: Predictor, windows: Windows, rows: np.ndarray) -> Ratio:
     """Measures the ratios over a few shuffled batches of the windows `rows`, at a model in eval mode."""
-    terms = {
-        "mse": FusedSeqLoss(mse=1.0, weighting="fixed"),
-        "infonce": FusedSeqLoss(mse=0.0, infonce=1.0, weighting="fixed", temperature=SETTINGS.temperature),
-    }
-    values, grad_norms = dict.fromkeys(terms, 0.0), dict.fromkeys(terms, 0.0)
+    criterion = FusedSeqLoss(mse=1.0, infonce=1.0, weighting="fixed", temperature=SETTINGS.temperature)
+    names = ("mse", "infonce")
+    values, grad_norms = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     shuffled = np.random.default_rng(SETTINGS.seed).permutation(rows)
     for batch in make_batches(shuffled, SETTINGS.batch_size)[:PROBE_BATCHES]:
         context, target = windows.batch(batch)
         with torch.no_grad():
             pred = model(context)
-        pred.requires_grad_()
-        for name, term in terms.items():
-            loss = term(pred, target)
-            (gradient,) = torch.autograd.grad(loss, pred)
-            values[name] += loss.item()
-            grad_norms[name] += gradient.norm().item()
+        criterion(pred.requires_grad_(), target)
+        for name in names:
+            values[name] += criterion.stats.value[name].item()
+            grad_norms[name] += criterion.stats.grad_norm[name].item()
     return Ratio(values["infonce"] / values["mse"], grad_norms["infonce"] / grad_norms["mse"])
+
+
+def mean_shares(history: list[dict]) -> dict[str, float]:
+    """Each term's share of the update, averaged over the epochs."""
+    names = [name for name in history[0] if name.startswith("share_")]
+    return {name.removeprefix("share_"): float(np.mean([row[name] for row in history])) for name in names}
 
 
 def print_table(console: Console, inside: Evaluation, outside: Evaluation, ratios: dict[str, Ratio]) -> None:
@@ -122,7 +127,9 @@ def print_table(console: Console, inside: Evaluation, outside: Evaluation, ratio
     )
 
 
-def verdict(inside: Evaluation, outside: Evaluation, ratios: dict[str, Ratio]) -> str:
+def verdict(
+    inside: Evaluation, outside: Evaluation, ratios: dict[str, Ratio], shares: dict[str, dict[str, float]]
+) -> str:
     """Says in plain words what the figures show, a line for each run."""
     lines = []
     for run in RUNS:
@@ -133,17 +140,37 @@ def verdict(inside: Evaluation, outside: Evaluation, ratios: dict[str, Ratio]) -
         ]
         line = f"{run.name}, beside the untrained mean of the context: {', '.join(comparisons)}."
         options = dataclasses.replace(SETTINGS, **run.options)
-        if options.weighting == "fixed" and options.lambda_mse and options.lambda_info:
-            pull = ratios[run.name].grad_norm * options.lambda_info / options.lambda_mse
-            lost = inside.metrics[MEAN]["cosine"] - inside.metrics[run.name]["cosine"]
-            line += f" InfoNCE pulled on its prediction {pull:,.0f} times as hard as MSE"
-            if pull > DROWNS and lost > LEVEL["cosine"]:
-                line += f": MSE was drowned, at the price of {lost:.3f} in cosine"
-            elif pull > DROWNS:
-                line += ", yet the cosine held"
-            line += "."
+        if options.lambda_mse and options.lambda_info:
+            line += " " + (
+                _pull_of_fixed_weights(run.name, options, inside, ratios[run.name])
+                if options.weighting == "fixed"
+                else _balance(run.name, inside, shares[run.name])
+            )
         lines.append(line)
     return "\n".join(lines)
+
+
+def _pull_of_fixed_weights(name: str, options: TrainConfig, inside: Evaluation, ratio: Ratio) -> str:
+    pull = ratio.grad_norm * options.lambda_info / options.lambda_mse
+    lost = inside.metrics[MEAN]["cosine"] - inside.metrics[name]["cosine"]
+    text = f"InfoNCE pulled on its prediction {pull:,.0f} times as hard as MSE"
+    if pull > DROWNS and lost > LEVEL["cosine"]:
+        text += f": MSE was drowned, at the price of {lost:.3f} in cosine"
+    elif pull > DROWNS:
+        text += ", yet the cosine held"
+    return text + "."
+
+
+def _balance(name: str, inside: Evaluation, shares: dict[str, float]) -> str:
+    """What the balanced run kept and gained beside MSE alone."""
+    parts = []
+    for metric, kept in (("cosine", "of the cosine"), ("hit@10", "of the hit@10")):
+        value, alone = inside.metrics[name][metric], inside.metrics[MSE_ONLY][metric]
+        # On few windows MSE alone may hit nothing, or point away from the targets; a ratio would mean nothing.
+        figures = f"{value:.3f} against {alone:.3f}"
+        parts.append(f"{value / alone:.1%} {kept} ({figures})" if alone > 0 else f"{metric} {figures}")
+    mse, infonce = (f"{shares[term]:.0%}" for term in ("mse", "infonce"))
+    return f"MSE had {mse} of the update and InfoNCE {infonce}; beside MSE only: {' and '.join(parts)}."
 
 
 def _compare_with_mean(evaluation: Evaluation, name: str, metric: str) -> str:
@@ -167,4 +194,24 @@ def plot_cosines(path: Path, histories: dict[str, list[dict]], baseline: float) 
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_weights(path: Path, histories: dict[str, list[dict]]) -> None:
+    """A PNG with a column for each run: every term's weight, and under it its share of the update, by epoch."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    grid = figure.subplots(2, len(histories), sharex=True, sharey="row", squeeze=False)
+    for (weights, shares), (name, history) in zip(grid.T, histories.items(), strict=True):
+        epochs = [row["epoch"] for row in history]
+        for term in (key.removeprefix("share_") for key in history[0] if key.startswith("share_")):
+            weights.plot(epochs, [row[f"weight_{term}"] for row in history], marker="o", label=term)
+            shares.plot(epochs, [row[f"share_{term}"] for row in history], marker="o", label=term)
+        weights.set(title=name, yscale="log")
+        shares.set(xlabel="epoch", ylim=(-0.05, 1.05))
+        shares.xaxis.get_major_locator().set_params(integer=True)
+    grid[0, 0].set_ylabel("weight")
+    grid[1, 0].set_ylabel("share of the update")
+    grid[0, 0].legend(frameon=False)
+    for axes in grid.flat:
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

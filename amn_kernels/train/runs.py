@@ -1,7 +1,11 @@
-"""The files of a run: config.json, history.jsonl, best.safetensors and last.safetensors, each written atomically."""
+"""The files of a run, each written atomically.
+
+config.json, history.jsonl, best.safetensors and last.safetensors (the model), criterion.pt (the loss's state at last).
+"""
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -10,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
@@ -18,6 +23,7 @@ from amn_kernels.train.config import TrainConfig
 from amn_kernels.train.models import build_model
 
 CONFIG, HISTORY, BEST, LAST = "config.json", "history.jsonl", "best.safetensors", "last.safetensors"
+CRITERION = "criterion.pt"
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -66,7 +72,7 @@ def prepare_folder(out: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{out} isn't empty: choose another --out, or --overwrite to replace the run in it")
     out.mkdir(parents=True, exist_ok=True)
     # An old checkpoint beside a new config would pass for the new run's.
-    for name in (CONFIG, HISTORY, BEST, LAST):
+    for name in (CONFIG, HISTORY, BEST, LAST, CRITERION):
         (out / name).unlink(missing_ok=True)
 
 
@@ -79,12 +85,15 @@ def save_config(out: Path, config: TrainConfig, dim: int, context: int) -> None:
     write_atomically(out / CONFIG, json.dumps(values | {"dim": dim, "context": context}, indent=2) + "\n")
 
 
-def save_epoch(out: Path, model: nn.Module, history: list[dict], is_best: bool) -> None:
-    """Writes the checkpoint(s) and the history, one JSON object a line and epoch."""
+def save_epoch(out: Path, model: nn.Module, criterion: nn.Module, history: list[dict], is_best: bool) -> None:
+    """Writes the checkpoint(s), the loss's state and the history, one JSON object a line and epoch."""
     checkpoint = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
     write_atomically(out / LAST, checkpoint)
     if is_best:
         write_atomically(out / BEST, checkpoint)
+    state = io.BytesIO()
+    torch.save(criterion.state_dict(), state)
+    write_atomically(out / CRITERION, state.getvalue())
     write_atomically(out / HISTORY, "".join(json.dumps(row) + "\n" for row in history))
 
 

@@ -29,10 +29,10 @@ def train(config: TrainConfig, console: Console) -> list[dict]:
 
     A row has `epoch` (from 1), `lr`, `train_cosine` and `validation_cosine` (mean over windows in eval mode, on a fixed
     training subset of the validation's size and on the validation windows), `is_best`, `seconds`, and the epoch's means
-    of the loss's statistics (`loss_mse`, `weight_mse`, `contribution_mse`, ...). The validation cosine chooses the best
-    epoch, lowers the learning rate and stops early. Ctrl-C raises KeyboardInterrupt and leaves the last whole epoch's
-    files. Raises ValueError for bad data or options, FileExistsError for a folder in use, and FloatingPointError when
-    training diverges.
+    of the loss's statistics (`loss_mse`, `weight_mse`, `share_mse`, `gradient_cosine_mse_infonce`, ...). The validation
+    cosine chooses the best epoch, lowers the learning rate and stops early. Ctrl-C raises KeyboardInterrupt and leaves
+    the last whole epoch's files. Raises ValueError for bad data or options, FileExistsError for a folder in use, and
+    FloatingPointError when training diverges.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -43,7 +43,7 @@ def train(config: TrainConfig, console: Console) -> list[dict]:
     split = split_windows(windows)
     subset = np.sort(order.choice(split.train, size=min(len(split.train), len(split.validation)), replace=False))
     model = build_model(config.model, windows.dim).to(device)
-    criterion = FusedSeqLoss(**config.lambdas(), weighting=config.weighting, temperature=config.temperature).to(device)
+    criterion = config.make_criterion().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=PLATEAU_EPOCHS)
     prepare_folder(config.out, config.overwrite)
@@ -86,7 +86,7 @@ def train(config: TrainConfig, console: Console) -> list[dict]:
             }
             with interrupts_deferred():
                 history.append(row | stats)
-                save_epoch(config.out, model, history, is_best)
+                save_epoch(config.out, model, criterion, history, is_best)
             console.print(epoch_line(history[-1], config.epochs))
             if config.patience and epoch - best_epoch >= config.patience:
                 console.print(f"stopped early: no better validation cosine for {config.patience} epochs")
@@ -143,11 +143,10 @@ def make_batches(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
 
 
 def epoch_line(row: dict, epochs: int) -> str:
-    """One history row for people: every term as value x weight = contribution, cosines, learning rate."""
-    terms = [name.removeprefix("contribution_") for name in row if name.startswith("contribution_")]
+    """One history row for people: every term as value x weight (share of the update), cosines, learning rate."""
+    terms = [name.removeprefix("share_") for name in row if name.startswith("share_")]
     parts = [
-        f"{term} {row[f'loss_{term}']:.4g} x {row[f'weight_{term}']:.3g} = {row[f'contribution_{term}']:.4g}"
-        for term in terms
+        f"{term} {row[f'loss_{term}']:.4g} x {row[f'weight_{term}']:.3g} ({row[f'share_{term}']:.1%})" for term in terms
     ]
     cosines = f"cosine train {row['train_cosine']:.4f} validation {row['validation_cosine']:.4f}"
     best = " best" if row["is_best"] else ""
