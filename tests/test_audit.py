@@ -135,6 +135,12 @@ def test_a_hinge_that_has_faded_is_not_drowned():
     report = audit(linear(), batches(scale=1.0), criterion, probe_steps=0)
     assert not report.dominated
     assert "variance sends no gradient" in report.verdict
+    # Wrong rows whose moments all but match.
+    target = torch.randn(64, DIM)
+    criterion = FusedSeqLoss(mse=1.0, moment=1.0, weighting="fixed")
+    report = audit(lambda _: target.roll(1, dims=0) * 1.001, [(None, target)], criterion)
+    assert 0 < report.start.terms["moment"].ratio < 1 / DROWNS
+    assert not report.dominated
 
 
 def test_opposed_terms_are_named():
