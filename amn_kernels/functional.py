@@ -45,6 +45,7 @@ def seq_loss(
     if checked.learnable_temperature:
         raise ValueError("learnable_temperature=True needs a place to keep the parameter: use FusedSeqLoss")
     backend = backends.requested(checked.backend)
+    check_inputs(pred, target, checked, mask, extra_negatives, ids)
     weighting = make_weighting(checked)
     if weighting is not None:
         weighting.to(pred.device)
@@ -68,8 +69,7 @@ def evaluate(
     extra_negatives: Tensor | None = None,
     ids: Tensor | None = None,
 ) -> tuple[Tensor, LossStats]:
-    """`seq_loss` on checked options, with the state that `FusedSeqLoss` keeps: weighting and temperature."""
-    check_inputs(pred, target, options, mask, extra_negatives, ids)
+    """`seq_loss` on checked options and input, with the state that `FusedSeqLoss` keeps: weighting and temperature."""
     real = compute_dtype(pred, target)
     if weights is None or weights.dtype is not real or weights.device != pred.device:
         weights = torch.tensor(options.lambdas, dtype=real, device=pred.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from amn_kernels import backends, functional
+from amn_kernels.checks import check_inputs
 from amn_kernels.options import LossOptions
 from amn_kernels.stats import LossStats
 from amn_kernels.weighting import make_weighting
@@ -41,7 +42,7 @@ class FusedSeqLoss(nn.Module):
         infonce: float = 0.0,
         moment: float = 0.0,
         variance: float = 0.0,
-        weighting: str | Callable = "fixed",
+        weighting: str | Callable = "gradient",
         anchor: str | None = None,
         ema: float = 0.99,
         temperature: float = 0.07,
@@ -80,6 +81,7 @@ class FusedSeqLoss(nn.Module):
         ids: Tensor | None = None,  # [N] or [B, T] integers
     ) -> Tensor:  # []
         """The loss; see `amn_kernels.functional.seq_loss` for arguments, result and errors."""
+        check_inputs(pred, target, self.options, mask, extra_negatives, ids)
         loss, self._last.stats = functional.evaluate(
             pred,
             target,

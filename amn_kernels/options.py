@@ -66,7 +66,7 @@ class LossOptions:
     infonce: float = 0.0
     moment: float = 0.0
     variance: float = 0.0
-    weighting: str | Callable = "fixed"
+    weighting: str | Callable = "gradient"
     anchor: str | None = None
     ema: float = 0.99
     temperature: float = 0.07

@@ -60,7 +60,7 @@ class BalancedWeighting(nn.Module):
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped", torch.zeros(m, dtype=torch.int64))
         # Constants that move with the module; not state.
-        self.register_buffer("lambdas", torch.tensor(options.lambdas), persistent=False)
+        self.register_buffer("lambdas", torch.tensor(options.lambdas, dtype=torch.float64), persistent=False)
         most = [1.0 if term in HINGES else MOST for term in self.terms]
         self.register_buffer("most", torch.tensor(most), persistent=False)
 

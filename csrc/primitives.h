@@ -34,7 +34,7 @@ struct TermList {
 
 // Matrices have unit stride along D; `real` is the dtype that is computed in, float32 or float64.
 struct Primitives {
-  // Fills kInvPred ... kPredDiff, and starts kMax and kOthers for an empty set of keys.
+  // Fills kInvPred ... kPredDiff, and the others as for an empty set of keys.
   void (*row_stats)(
       const at::Tensor& pred,        // [M, D] real
       const at::Tensor& target,      // [M, D] real
@@ -70,7 +70,8 @@ struct Primitives {
       const at::Tensor& gram,     // [m, m] real or [0, 0], out
       const at::Tensor& metrics); // [kMetrics] real, out
 
-  // grad = a p + b d + c o with per-row a, b, c from the incoming gradients of the values.
+  // grad = a p + b d + c o with per-row a, b, c from the incoming gradients of the values; where the norms of p and t
+  // are so different that d would lose the smaller vector, the cosine's part is given by p and t.
   void (*row_combine)(
       const at::Tensor& grad_values,  // [m] real
       const at::Tensor& pred,         // [M, D] real

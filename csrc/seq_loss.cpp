@@ -72,7 +72,7 @@ class Rows {
   Tensor chunk(int64_t begin, int64_t count) const {  // [count, D] real
     const Tensor view = rows_of(x_, begin, count);
     if (direct()) return view;
-    return view.to(real_, /*non_blocking=*/false, /*copy=*/false, at::MemoryFormat::Contiguous);
+    return view.to(real_).contiguous();
   }
 
  private:

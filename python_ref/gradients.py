@@ -49,13 +49,19 @@ def mse(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:  # [N, D], [N, D]
 
 
 def cosine(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:  # [N, D], [N, D], [N] -> [N, D]
-    """``1/n (d / (|p||t|) - ((1 - cos) + (|p| - |t|)/|t|) p / |p|²)``; 0 where either counts as zero."""
+    """``1/n (d / (|p||t|) - ((1 - cos) + (|p| - |t|)/|t|) p / |p|²)``; 0 where either counts as zero.
+
+    For norms that differ by half and more, ``1/n (cos p/|p|² - t / (|p||t|))``: there d loses the smaller vector.
+    """
     inv_pred, inv_target = _inverse_norm(pred), _inverse_norm(target)
     d = pred - target
     norms = pred.norm(dim=-1, keepdim=True) + target.norm(dim=-1, keepdim=True)
     excess = (d * (pred + target)).sum(dim=-1, keepdim=True) / norms.clamp(min=terms.EPS) * inv_target
     one_minus_cos = ((d - excess * target) * inv_pred).square().sum(dim=-1, keepdim=True) / 2
     gradient = inv_pred * inv_target * d - inv_pred.square() * (one_minus_cos + excess) * pred
+    p, t = pred * inv_pred, target * inv_target
+    apart = inv_pred * ((p * t).sum(dim=-1, keepdim=True) * p - t)
+    gradient = torch.where(excess.abs() < 0.5, gradient, apart)
     return torch.where((inv_pred > 0) & (inv_target > 0), gradient, 0) / _count(mask)
 
 

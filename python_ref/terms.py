@@ -150,7 +150,7 @@ def column_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # [N, D],
 
 def valid_pairs(mask: Tensor, ids: Tensor | None) -> Tensor:  # [G, M] -> [G, M, M]
     """Whether key j counts for row i. The own key always does, so that no row is without a key."""
-    valid = mask.unsqueeze(1).expand(-1, mask.shape[1], -1)
+    valid = mask.unsqueeze(2) & mask.unsqueeze(1)
     if ids is not None:
         valid = valid & (ids.unsqueeze(2) != ids.unsqueeze(1))
     return valid | torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)

@@ -118,8 +118,9 @@ void row_dots(
 // loses digits.
 double infonce_of_row(const Scalars& rows, int64_t i, double temperature) {
   const double max = rows.at(kMax, i), others = rows.at(kOthers, i);
-  if (max == -std::numeric_limits<double>::infinity() && others == 0) return 0;  // no other key
   const double own_logit = (1 - rows.at(kOneMinusCos, i)) / temperature;
+  // No other key: 0, or NaN where the row is not finite.
+  if (max == -std::numeric_limits<double>::infinity() && others == 0) return 0 * own_logit;
   const double own = std::exp(own_logit - max);
   return own > 0 || std::isnan(own) ? std::log1p(others / own) : max - own_logit + std::log(others);
 }

@@ -34,18 +34,22 @@ constexpr int64_t kBlock = 1024;
 // Access to a whole vector, or to its first lanes at the end of a row.
 template <class T>
 struct Whole {
-  AMN_INLINE Vector<T> load(const T* x, T = 0) const {
-    return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(x);
-  }
+  AMN_INLINE Vector<T> load(const T* x) const { return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(x); }
+  AMN_INLINE Vector<T> or_else(Vector<T> v, T) const { return v; }
   AMN_INLINE void store(T* x, Vector<T> v) const { *reinterpret_cast<typename VectorOf<T>::unaligned*>(x) = v; }
 };
 template <class T>
 struct First {
   int64_t lanes;
-  AMN_INLINE Vector<T> load(const T* x, T fill = 0) const {
-    Vector<T> v = Vector<T>{} + fill;
+  AMN_INLINE Vector<T> load(const T* x) const {  // 0 in the lanes past the end
+    Vector<T> v{};
     std::memcpy(&v, x, lanes * sizeof(T));
     return v;
+  }
+  AMN_INLINE Vector<T> or_else(Vector<T> v, T fill) const {  // v, and fill past the end
+    Vector<T> filled = Vector<T>{} + fill;
+    std::memcpy(&filled, &v, lanes * sizeof(T));
+    return filled;
   }
   AMN_INLINE void store(T* x, Vector<T> v) const { std::memcpy(x, &v, lanes * sizeof(T)); }
 };
@@ -104,10 +108,15 @@ AMN_INLINE Vector<double> exp_nonpositive(Vector<double> x) {
   return x;
 }
 
+// 0 for a zero vector; NaN for a norm that is not finite, so that it can't pass for a zero vector.
 double inverse_norm(double square) {
   const double norm = std::sqrt(square);
-  return norm < kEps ? 0.0 : 1.0 / norm;  // a NaN norm is not below kEps and stays a NaN
+  if (norm < kEps) return 0;
+  return std::isfinite(norm) ? 1 / norm : std::numeric_limits<double>::quiet_NaN();
 }
+
+// Whether d = p - t keeps the digits of both vectors; `excess` is (|p| - |t|)/|t|.
+bool similar_norms(double excess) { return std::abs(excess) < 0.5; }
 
 template <class T>
 void row_stats(
@@ -135,18 +144,22 @@ void row_stats(
     const double excess = (2 * pd - dd) / (std::sqrt(pp) + std::sqrt(tt)) * inv_target;
     double one_minus_cos = 1;
     if (inv_pred != 0 && inv_target != 0) {
-      // |p/|p| - t/|t|| = |d - excess t| / |p|: the row is in cache, so the second pass costs no memory traffic.
-      const T scale = static_cast<T>(excess);
+      // |p/|p| - t/|t||^2 / 2. The row is in cache, so the second pass costs no memory traffic. For similar norms the
+      // difference is taken as (d - excess t)/|p|, in which nothing cancels; d itself loses the smaller vector else.
+      const bool similar = similar_norms(excess);
+      const T d_scale = static_cast<T>(similar ? inv_pred : 0), p_scale = static_cast<T>(similar ? 0 : inv_pred);
+      const T t_scale = static_cast<T>(similar ? inv_pred * excess : inv_target);
       double square = 0;
       for_blocks(0, pred.cols, [&](int64_t first, int64_t last) {
         Vector<T> lanes{};
         for_vectors<T>(first, last, [&](int64_t k, auto access) {
-          const Vector<T> pk = access.load(p + k), tk = access.load(t + k), ek = (pk - tk) - scale * tk;
+          const Vector<T> pk = access.load(p + k), tk = access.load(t + k);
+          const Vector<T> ek = d_scale * (pk - tk) + p_scale * pk - t_scale * tk;
           lanes += ek * ek;
         });
         square += sum<T>(lanes);
       });
-      one_minus_cos = square * inv_pred * inv_pred / 2;
+      one_minus_cos = square / 2;
     }
     rows.at(kInvPred, i) = inv_pred;
     rows.at(kInvTarget, i) = inv_target;
@@ -158,6 +171,9 @@ void row_stats(
     rows.at(kPredDiff, i) = pd;
     rows.at(kMax, i) = -std::numeric_limits<double>::infinity();
     rows.at(kOthers, i) = 0;
+    rows.at(kPredAtt, i) = 0;
+    rows.at(kDiffAtt, i) = 0;
+    rows.at(kAttAtt, i) = 0;
     key_scale[i] = static_cast<T>(inv_target);
   }
 }
@@ -179,7 +195,7 @@ void softmax_rows_(
     constexpr T kLowest = -std::numeric_limits<T>::infinity();
     Vector<T> max_lanes = Vector<T>{} + kLowest;
     const auto track_max = [&](int64_t j, auto access) {
-      const Vector<T> x = access.load(s + j, kLowest) * access.load(key_scale + j, T(1)) * scale;
+      const Vector<T> x = access.or_else(access.load(s + j) * access.load(key_scale + j) * scale, kLowest);
       max_lanes = x > max_lanes ? x : max_lanes;
     };
     for_vectors<T>(0, left, track_max);
@@ -192,8 +208,9 @@ void softmax_rows_(
     const auto exponentials = [&](int64_t first, int64_t last) {
       Vector<T> lanes{};
       for_vectors<T>(first, last, [&](int64_t j, auto access) {
-        const Vector<T> norm = access.load(key_scale + j, T(1));
-        const Vector<T> e = exp_nonpositive(access.load(s + j, kLowest) * norm * scale - shift);
+        const Vector<T> norm = access.load(key_scale + j);
+        const Vector<T> x = access.load(s + j) * norm * scale - shift;
+        const Vector<T> e = exp_nonpositive(access.or_else(x, kLowest));
         lanes += e;
         access.store(s + j, e * norm);
       });
@@ -250,11 +267,15 @@ void row_combine(
     Matrix<T> grad, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const double inv_pred = rows.at(kInvPred, i), inv_target = rows.at(kInvTarget, i);
-    double a = 0, b = weights.mse, c = 0;
+    const double excess = rows.at(kExcess, i), one_minus_cos = rows.at(kOneMinusCos, i);
+    double a = 0, b = weights.mse, c = 0, e = 0;
     if (inv_pred != 0 && inv_target != 0) {
-      if (weights.cosine != 0) {
-        a -= weights.cosine * inv_pred * inv_pred * (rows.at(kOneMinusCos, i) + rows.at(kExcess, i));
+      if (weights.cosine != 0 && similar_norms(excess)) {
+        a -= weights.cosine * inv_pred * inv_pred * (one_minus_cos + excess);
         b += weights.cosine * inv_pred * inv_target;
+      } else if (weights.cosine != 0) {
+        a += weights.cosine * inv_pred * inv_pred * (1 - one_minus_cos);
+        e -= weights.cosine * inv_pred * inv_target;
       }
       if (weights.infonce != 0) {
         a -= weights.infonce * inv_pred * inv_pred * inv_pred * rows.at(kPredAtt, i);
@@ -264,17 +285,17 @@ void row_combine(
     const T* p = pred.row(i);
     const T* t = target.row(i);
     T* g = grad.row(i);
-    const T ai = static_cast<T>(a), bi = static_cast<T>(b), ci = static_cast<T>(c);
+    const T ai = static_cast<T>(a), bi = static_cast<T>(b), ci = static_cast<T>(c), ei = static_cast<T>(e);
     if (c != 0) {
       const T* o = attention.row(i);
       for_vectors<T>(0, pred.cols, [&](int64_t k, auto access) {
-        const Vector<T> pk = access.load(p + k), dk = pk - access.load(t + k);
-        access.store(g + k, ai * pk + bi * dk + ci * access.load(o + k));
+        const Vector<T> pk = access.load(p + k), tk = access.load(t + k);
+        access.store(g + k, ai * pk + bi * (pk - tk) + ei * tk + ci * access.load(o + k));
       });
     } else {
       for_vectors<T>(0, pred.cols, [&](int64_t k, auto access) {
-        const Vector<T> pk = access.load(p + k), dk = pk - access.load(t + k);
-        access.store(g + k, ai * pk + bi * dk);
+        const Vector<T> pk = access.load(p + k), tk = access.load(t + k);
+        access.store(g + k, ai * pk + bi * (pk - tk) + ei * tk);
       });
     }
   }
