@@ -1,0 +1,44 @@
+"""What setup.py decides from the environment."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def setup_py(**environment):
+    return subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="runs in a checkout only")
+
+
+def test_unknown_choice_of_cuda_is_refused():
+    result = setup_py(AMN_CUDA="yes")
+    assert result.returncode != 0
+    assert "AMN_CUDA must be 0, 1 or auto, got 'yes'" in result.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is a CUDA build")
+def test_required_cuda_without_the_means_says_what_is_missing():
+    result = setup_py(AMN_CUDA="1")
+    assert result.returncode != 0
+    assert "AMN_CUDA=1, but this build has no" in result.stderr
+    assert "a CUDA build of torch" in result.stderr
+
+
+@pytest.mark.parametrize("choice", ["0", "auto"])
+def test_cpu_build_needs_no_cuda(choice):
+    assert setup_py(AMN_CUDA=choice).returncode == 0
