@@ -56,7 +56,7 @@ def test_automatic_choice_serves_every_feature(rows, served, feature):
     pred, target = rows
     options, tensors, _ = features()[feature]
     pred.requires_grad_()
-    loss, _ = functional.seq_loss(pred, target, **options, **tensors)
+    loss, _ = functional.seq_loss(pred, target, weighting="fixed", **options, **tensors)
     assert len(served) == 1
     (grad,) = torch.autograd.grad(loss, pred)
     checked = LossOptions(**options)
@@ -68,7 +68,8 @@ def test_automatic_choice_serves_every_feature(rows, served, feature):
     torch.testing.assert_close(grad, wanted_grad, rtol=0, atol=1e-6)
     # The feature does something: without it the loss differs, except for a monitored term.
     if feature != "monitored moment":
-        assert abs(functional.seq_loss(pred, target, infonce=options.get("infonce", 0.0))[0] - loss) > 1e-3
+        plain, _ = functional.seq_loss(pred, target, weighting="fixed", infonce=options.get("infonce", 0.0))
+        assert abs(plain - loss) > 1e-3
 
 
 @pytest.mark.parametrize("feature", features())
@@ -91,8 +92,9 @@ def test_explicit_choice_declines_or_computes(rows, served, feature):
 
 def test_learnable_temperature(rows, served):
     pred, target = rows
-    fixed = functional.seq_loss(pred, target, infonce=1.0, temperature=0.3, backend="reference")[0]
-    criterion = FusedSeqLoss(infonce=1.0, temperature=0.3, learnable_temperature=True)
+    options = {"infonce": 1.0, "temperature": 0.3, "weighting": "fixed"}
+    fixed = functional.seq_loss(pred, target, backend="reference", **options)[0]
+    criterion = FusedSeqLoss(learnable_temperature=True, **options)
     torch.testing.assert_close(criterion(pred, target), fixed)
     with pytest.raises(ValueError, match="learnable temperature"):
         FusedSeqLoss(infonce=1.0, learnable_temperature=True, backend="cpu")(pred, target)
@@ -102,10 +104,12 @@ def test_learnable_temperature(rows, served):
 def test_target_with_gradient(rows, served):
     pred, target = rows
     target.requires_grad_()
-    loss, _ = functional.seq_loss(pred, target, cosine=1.0, infonce=1.0)
+    loss, _ = functional.seq_loss(pred, target, cosine=1.0, infonce=1.0, weighting="fixed")
     (grad,) = torch.autograd.grad(loss, target)
     twin = target.detach().double().requires_grad_()
-    wanted, _ = functional.seq_loss(pred.double(), twin, cosine=1.0, infonce=1.0, backend="reference")
+    wanted, _ = functional.seq_loss(
+        pred.double(), twin, cosine=1.0, infonce=1.0, weighting="fixed", backend="reference"
+    )
     torch.testing.assert_close(grad.double(), torch.autograd.grad(wanted, twin)[0], rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="target requires a gradient"):
         functional.seq_loss(pred, target, backend="cpu")
@@ -185,7 +189,7 @@ import torch
 from amn_kernels import FusedSeqLoss, backends, functional
 from error_rule import make_rows
 pred, target = make_rows(20, 6)
-criterion = FusedSeqLoss(cosine=0.5, infonce=0.25)
+criterion = FusedSeqLoss(cosine=0.5, infonce=0.25, weighting="fixed")
 loss = criterion(pred.requires_grad_(), target)
 loss.backward()
 errors = []
@@ -203,7 +207,9 @@ def test_without_the_compiled_extension(run_python):
     assert process.returncode == 0, process.stderr
     got = json.loads(process.stdout)
     pred, target = make_rows(20, 6)
-    loss, _ = functional.seq_loss(pred.requires_grad_(), target, cosine=0.5, infonce=0.25, backend="reference")
+    loss, _ = functional.seq_loss(
+        pred.requires_grad_(), target, cosine=0.5, infonce=0.25, weighting="fixed", backend="reference"
+    )
     loss.backward()
     assert got["loss"] == loss.item()
     assert got["grad"] == pred.grad.tolist()

@@ -37,7 +37,6 @@ BAD_OPTIONS = [
     ({"negatives": "none"}, ValueError, ("negatives", "all, step, sequence", "'none'")),
     ({"positives": "all"}, ValueError, ("positives", "diagonal, ids", "'all'")),
     ({"weighting": "uniform"}, ValueError, ("weighting", "'uniform'")),
-    ({"weighting": "gradient"}, NotImplementedError, ("weighting", "'gradient'")),
     ({"positives": "ids"}, NotImplementedError, ("positives", "'ids'")),
     ({"false_negative_margin": 0.1}, NotImplementedError, ("false_negative_margin",)),
     ({"gather_negatives": True}, NotImplementedError, ("gather_negatives",)),

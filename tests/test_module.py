@@ -14,8 +14,9 @@ from amn_kernels import FusedSeqLoss, functional
 from amn_kernels.options import LossOptions
 from amn_kernels.stats import METRICS
 
-ALL = {"mse": 1.0, "cosine": 0.5, "infonce": 0.25}
-SOME_REFERENCE = {"mse": 0.0, "moment": 1.0, "variance": 0.5}
+# Fixed weights, so that a result depends on its input alone; tests of the weightings are in test_weighting.py.
+ALL = {"mse": 1.0, "cosine": 0.5, "infonce": 0.25, "weighting": "fixed"}
+SOME_REFERENCE = {"mse": 0.0, "moment": 1.0, "variance": 0.5, "weighting": "fixed"}
 
 
 def gradient(criterion, pred, target):
@@ -137,7 +138,7 @@ def test_large_incoming_gradient(term):
     """A GradScaler's factor is larger than float16 can hold; only the result has to fit."""
     pred, target = make_rows(257, 64, dtype=torch.float16)
     leaf = pred.clone().requires_grad_()
-    (FusedSeqLoss(backend="cpu", **TERMS[term])(leaf, target) * 65536.0).backward()
+    (FusedSeqLoss(backend="cpu", weighting="fixed", **TERMS[term])(leaf, target) * 65536.0).backward()
     true = truth(pred, target, 65536.0, **TERMS[term])
     assert true.grad.abs().max() < torch.finfo(torch.float16).max
     assert relative_error(leaf.grad, true.grad) <= 0.51 * torch.finfo(torch.float16).eps  # one rounding to float16
@@ -156,7 +157,7 @@ def test_double_backward(term):
     pred, target = make_rows(6, 5, dtype=torch.float64)
 
     def loss(pred):
-        return functional.seq_loss(pred, target, backend="cpu", temperature=0.5, **TERMS[term])[0]
+        return functional.seq_loss(pred, target, backend="cpu", temperature=0.5, weighting="fixed", **TERMS[term])[0]
 
     assert torch.autograd.gradcheck(loss, pred.requires_grad_())
     assert torch.autograd.gradgradcheck(loss, pred)
@@ -216,7 +217,7 @@ def test_halves_of_the_op_are_sound(inputs, with_gradient):
 
 def test_learnable_temperature():
     pred, target = make_rows(33, 7)
-    criterion = FusedSeqLoss(mse=0.0, infonce=1.0, temperature=0.2, learnable_temperature=True)
+    criterion = FusedSeqLoss(mse=0.0, infonce=1.0, temperature=0.2, learnable_temperature=True, weighting="fixed")
     assert set(criterion.state_dict()) == {"log_temperature"}
     loss = criterion(pred, target)
     loss.backward()
@@ -238,7 +239,7 @@ def test_learnable_temperature():
 
 
 def test_a_fixed_temperature_is_no_state():
-    criterion = FusedSeqLoss(infonce=1.0)
+    criterion = FusedSeqLoss(infonce=1.0, weighting="fixed")
     assert criterion.state_dict() == {}
     assert list(criterion.parameters()) == []
 
@@ -249,7 +250,7 @@ def test_a_fixed_temperature_is_no_state():
 )
 def test_copies_compute_the_same(make_copy, called):
     pred, target = make_rows(33, 7)
-    criterion = FusedSeqLoss(infonce=0.5, temperature=0.2, learnable_temperature=True)
+    criterion = FusedSeqLoss(infonce=0.5, temperature=0.2, learnable_temperature=True, weighting="fixed")
     if called:
         criterion(pred.requires_grad_(), target)
     twin = make_copy(criterion)
@@ -267,7 +268,7 @@ def test_copies_compute_the_same(make_copy, called):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_casting_the_module_leaves_the_weights_alone(change, dtype):
     pred, target = make_rows(33, 7, dtype=dtype)
-    options = {"mse": 0.1, "infonce": 0.3}  # neither is a float16, a bfloat16 or a float32 number
+    options = {"mse": 0.1, "infonce": 0.3, "weighting": "fixed"}  # neither is a float16, a bfloat16 or a float32 number
     plain, cast = FusedSeqLoss(**options), change(FusedSeqLoss(**options))
     wanted = plain(pred, target)
     assert torch.equal(cast(pred, target), wanted)
@@ -285,10 +286,13 @@ def test_signature_is_that_of_the_options():
 
 def test_stats_as_dict():
     pred, target = make_rows(33, 7)
-    loss, stats = functional.seq_loss(pred.requires_grad_(), target, backend="cpu", cosine=0.5, monitor=("infonce",))
+    loss, stats = functional.seq_loss(
+        pred.requires_grad_(), target, backend="cpu", cosine=0.5, monitor=("infonce",), weighting="fixed"
+    )
     flat = stats.as_dict()
     of_term = {f"{what}_{term}" for what in ("loss", "weight", "contribution") for term in ("mse", "cosine", "infonce")}
-    assert set(flat) == of_term | {"grad_norm_mse", "grad_norm_cosine"} | set(METRICS)
+    of_gradient = {f"{what}_{term}" for what in ("grad_norm", "share") for term in ("mse", "cosine")}
+    assert set(flat) == of_term | of_gradient | {"gradient_cosine_mse_cosine"} | set(METRICS)
     true = {term: truth(pred, target, **TERMS[term]) for term in ("mse", "cosine", "infonce")}
     for term, weight in {"mse": 1.0, "cosine": 0.5, "infonce": 0.0}.items():
         value = true[term].loss.item()
@@ -297,6 +301,12 @@ def test_stats_as_dict():
         assert flat[f"contribution_{term}"] == pytest.approx(weight * value, rel=1e-6)
     for term in ("mse", "cosine"):
         assert flat[f"grad_norm_{term}"] == pytest.approx(true[term].grad.norm().item(), rel=1e-6)
+    mse_grad, cosine_grad = true["mse"].grad.flatten(), true["cosine"].grad.flatten()
+    pulls = mse_grad.norm() + 0.5 * cosine_grad.norm()
+    assert flat["share_mse"] == pytest.approx((mse_grad.norm() / pulls).item(), rel=1e-6)
+    assert flat["share_cosine"] == pytest.approx((0.5 * cosine_grad.norm() / pulls).item(), rel=1e-6)
+    angle = torch.nn.functional.cosine_similarity(mse_grad, cosine_grad, dim=0).item()
+    assert flat["gradient_cosine_mse_cosine"] == pytest.approx(angle, rel=1e-6)
     contributions = sum(value for name, value in flat.items() if name.startswith("contribution"))
     assert contributions == pytest.approx(loss.item(), rel=1e-6)
     assert all(isinstance(value, float) for value in flat.values())
@@ -339,12 +349,6 @@ def test_monitoring_changes_no_gradient(backend):
     assert torch.equal(got_grad, grad)
     wanted = truth(pred, target, **TERMS["infonce"]).loss.item()
     assert watching.stats.value["infonce"].item() == pytest.approx(wanted, rel=1e-6)
-
-
-@pytest.mark.parametrize("weighting", ["gradient", "value", lambda gram, values: values])
-def test_weightings_to_come(weighting):
-    with pytest.raises(NotImplementedError, match="weighting"):
-        FusedSeqLoss(weighting=weighting)
 
 
 def test_functional_transforms_are_right_or_refused():
