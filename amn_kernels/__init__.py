@@ -8,7 +8,8 @@
 __version__ = "0.1.0"
 
 from amn_kernels import functional
+from amn_kernels.audit import audit
 from amn_kernels.module import FusedSeqLoss
 from amn_kernels.stats import LossStats
 
-__all__ = ["FusedSeqLoss", "LossStats", "__version__", "functional"]
+__all__ = ["FusedSeqLoss", "LossStats", "__version__", "audit", "functional"]

@@ -55,6 +55,14 @@ def seq_loss(
     return loss, TermOutputs(values, gram if gram.numel() else None, metrics)
 
 
+def balance(
+    values: Tensor, gram: Tensor | None, mean: Tensor, updates: Tensor, calls: Tensor, *constants_and_options
+) -> Tensor:
+    """The compiled twin of `amn_kernels.reference.balance.balance`, with its arguments."""
+    observed = values.new_empty(0, 0) if gram is None else gram
+    return torch.ops.amn_kernels._balance.default(values, observed, mean, updates, calls, *constants_and_options)
+
+
 _ROW_SCALARS = 13  # kRowScalars in csrc/row_scalars.h
 _METRICS = 5  # kMetrics in csrc/primitives.h
 
@@ -74,6 +82,10 @@ def _forward_fake(pred, target, terms, monitored, temperature, chunk_bytes, with
 
 def _backward_fake(grad_values, pred, target, rows, attention, terms, monitored, temperature):
     return pred.new_empty(pred.shape)
+
+
+def _balance_fake(values, *state_and_options):
+    return torch.empty_like(values)
 
 
 def _save_for_double_backward(ctx, inputs, output):
@@ -104,6 +116,7 @@ def _double_backward(ctx, grad):
 if _C is not None:
     torch.library.register_fake("amn_kernels::_seq_loss_forward", _forward_fake)
     torch.library.register_fake("amn_kernels::_seq_loss_backward", _backward_fake)
+    torch.library.register_fake("amn_kernels::_balance", _balance_fake)
     torch.library.register_autograd(
         "amn_kernels::_seq_loss_backward", _double_backward, setup_context=_save_for_double_backward
     )

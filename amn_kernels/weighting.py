@@ -4,19 +4,13 @@ A weighting is called with the values [m] and the Gram matrix [m, m] of the term
 arithmetic is on the device, without a host read, so it can be captured and compiled.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
+from amn_kernels import ops
 from amn_kernels.options import LossOptions
+from amn_kernels.reference.balance import MOST, balance
 
-SPIKE = 9.0
-"""An update counts as at most this many times the running mean of the squared norm (3 times the norm) ..."""
-SPIKE_AFTER = 10
-"""... once the running mean has seen this many updates."""
-LEAST, MOST = 1e-6, 1e6
-"""Bounds of weight / λ."""
 HINGES = frozenset(("moment", "variance"))
 """Penalties that fade to zero when they are met; amplified, they would pull hardest when they have least to say."""
 
@@ -74,38 +68,22 @@ class BalancedWeighting(nn.Module):
             raise ValueError(
                 f"the loss is on {self.mean.device}, pred on {values.device}: move it with .to({str(values.device)!r})"
             )
-        observed = values if self.kind == "value" else None if gram is None else gram.diagonal()
-        if observed is not None:
-            observed = observed.float()
-            if self.training:
-                self._update(observed)
-        mean = self._corrected_mean()
-        if self.kind == "gradient":
-            norm = mean.sqrt()
-            current = norm if observed is None else observed.clamp(min=0).sqrt().nan_to_num(nan=0.0)
-            ratio = norm[self.anchor] / torch.maximum(norm, current)
-        else:
-            ratio = mean[self.anchor] / mean
-        known = (self.updates > 0) & (self.updates[self.anchor] > 0)
-        ratio = torch.where(known, torch.minimum(ratio.clamp(min=LEAST), self.most), 1.0)
-        ratio[self.anchor] = 1.0
-        return (self.lambdas * ratio).to(values.dtype)
-
-    def _update(self, observed: Tensor) -> None:
-        due = self.calls % self.update_every == 0
-        usable = torch.isfinite(observed) & (observed > 0)
-        on = self.lambdas > 0
-        take = due & usable & on
-        limit = torch.where(self.updates >= SPIKE_AFTER, SPIKE * self._corrected_mean(), math.inf)
-        step = (1 - self.decay) * (torch.minimum(observed, limit) - self.mean)
-        # Multiplied by a flag, a NaN would still get through.
-        self.mean.add_(torch.where(take, step, 0.0))
-        self.updates.add_(take)
-        self.skipped.add_(due & ~usable & on)
-        self.calls.add_(1)
-
-    def _corrected_mean(self) -> Tensor:  # [m]; 0 without updates
-        return self.mean / (1 - self.decay ** self.updates.clamp(min=1))
+        step = ops.balance if values.device.type == "cpu" and ops.why_unavailable() is None else balance
+        return step(
+            values,
+            gram,
+            self.mean,
+            self.updates,
+            self.calls,
+            self.skipped,
+            self.lambdas,
+            self.most,
+            self.anchor,
+            self.decay,
+            self.update_every,
+            self.kind == "value",
+            self.training,
+        )
 
     def _apply(self, fn, recurse=True):
         # `.half()` and the like convert floating buffers; running squares of norms would overflow or vanish there.

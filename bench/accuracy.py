@@ -19,7 +19,10 @@ def relative_errors(rows: int = 256, dim: int = 768) -> list[dict]:
         target, noise = (torch.randn(rows, dim, generator=generator) for _ in range(2))
         pred = target + distance * noise
         for term in TERMS:
-            fused, plain = FusedSeqLoss(**{"mse": 0.0, term: 1.0}), functools.partial(eager.seq_loss, **{term: 1.0})
+            fused, plain = (
+                FusedSeqLoss(**{"mse": 0.0, term: 1.0}, weighting="fixed"),
+                functools.partial(eager.seq_loss, **{term: 1.0}),
+            )
             truth = _gradient(plain, pred.double(), target.double())
             errors = {
                 name: float((_gradient(loss, pred, target) - truth).norm() / truth.norm())

@@ -18,7 +18,7 @@ def losses(terms: dict[str, float]) -> dict[str, Callable]:
         return eager.seq_loss(pred, target, **terms)
 
     return {
-        "fused": FusedSeqLoss(**{"mse": 0.0, **terms}),
+        "fused": FusedSeqLoss(**{"mse": 0.0, **terms}, weighting="fixed"),
         "eager": plain,
         # One compiled function for every shape would be recompiled as dynamic, and slower, from the second shape on.
         "compile": torch.compile(plain, dynamic=False),

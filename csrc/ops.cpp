@@ -16,6 +16,11 @@ TORCH_LIBRARY(amn_kernels, m) {
   m.def(
       "_seq_loss_backward(Tensor grad_values, Tensor pred, Tensor target, Tensor rows, Tensor attention, int[] terms,"
       " int[] monitored, float temperature) -> Tensor");
+  // Weights [m] in the dtype of the values; updates the running state in place. gram may be [0, 0]: nothing to observe.
+  m.def(
+      "_balance(Tensor values, Tensor gram, Tensor(a!) mean, Tensor(b!) updates, Tensor(c!) calls,"
+      " Tensor(d!) skipped, Tensor lambdas, Tensor most, int anchor, float decay, int update_every, bool by_value,"
+      " bool update) -> Tensor");
   m.def("_cpu_isa() -> str");
 }
 

@@ -32,6 +32,15 @@ struct TermList {
   }
 };
 
+// How balanced weights are formed.
+struct BalanceOptions {
+  int64_t anchor;
+  double decay;
+  int64_t update_every;
+  bool by_value;  // balance values, else norms of gradients
+  bool update;    // false: the state stays as it is
+};
+
 // Matrices have unit stride along D; `real` is the dtype that is computed in, float32 or float64.
 struct Primitives {
   // Fills kInvPred ... kPredDiff, and the others as for an empty set of keys.
@@ -82,10 +91,27 @@ struct Primitives {
       int64_t total_rows,             // N
       double temperature,
       const at::Tensor& grad);        // [M, D] real, out
+
+  // Weights from lambdas and running means, which are updated first: twin of python_ref/balance.py.
+  void (*balance)(
+      const at::Tensor& values,   // [m] real
+      const at::Tensor& gram,     // [m, m] real, or [0, 0]: no gradients to observe
+      const at::Tensor& mean,     // [m] float32, in place, as the next three
+      const at::Tensor& updates,  // [m] int64
+      const at::Tensor& calls,    // [] int64
+      const at::Tensor& skipped,  // [m] int64
+      const at::Tensor& lambdas,  // [m] float64
+      const at::Tensor& most,     // [m] float32: the largest weight / lambda
+      const BalanceOptions& options,
+      const at::Tensor& weights);  // [m] real, out
 };
 
 namespace cpu {
 extern const Primitives primitives;
+void balance(
+    const at::Tensor& values, const at::Tensor& gram, const at::Tensor& mean, const at::Tensor& updates,
+    const at::Tensor& calls, const at::Tensor& skipped, const at::Tensor& lambdas, const at::Tensor& most,
+    const BalanceOptions& options, const at::Tensor& weights);
 const char* isa();  // the instruction set that run-time dispatch chose
 }  // namespace cpu
 

@@ -188,6 +188,16 @@ Tensor seq_loss_backward(
   return grad;
 }
 
+Tensor balance(
+    const Tensor& values, const Tensor& gram, const Tensor& mean, const Tensor& updates, const Tensor& calls,
+    const Tensor& skipped, const Tensor& lambdas, const Tensor& most, int64_t anchor, double decay,
+    int64_t update_every, bool by_value, bool update) {
+  const Tensor weights = at::empty_like(values);
+  const BalanceOptions options{anchor, decay, update_every, by_value, update};
+  primitives(values).balance(values, gram, mean, updates, calls, skipped, lambdas, most, options, weights);
+  return weights;
+}
+
 // The dispatcher's handles on the two halves, so that tracing sees them as ops.
 const auto& forward_op() {
   static const auto op = c10::Dispatcher::singleton()
@@ -266,6 +276,7 @@ TORCH_LIBRARY_IMPL(amn_kernels, CompositeImplicitAutograd, m) {
 TORCH_LIBRARY_IMPL(amn_kernels, CPU, m) {
   m.impl("_seq_loss_forward", seq_loss_forward);
   m.impl("_seq_loss_backward", seq_loss_backward);
+  m.impl("_balance", balance);
 }
 
 }  // namespace

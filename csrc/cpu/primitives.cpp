@@ -242,7 +242,7 @@ void row_combine(
 
 }  // namespace
 
-const Primitives primitives = {row_stats, softmax_rows_, row_dots, term_sums, row_combine};
+const Primitives primitives = {row_stats, softmax_rows_, row_dots, term_sums, row_combine, balance};
 
 const char* isa() {
   switch (current_isa()) {
