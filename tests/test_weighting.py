@@ -11,8 +11,8 @@ from error_rule import make_rows
 
 from amn_kernels import FusedSeqLoss, ops
 from amn_kernels.options import LossOptions
-from amn_kernels.stats import DominanceWarning
 from amn_kernels.reference.balance import LEAST, MOST, SPIKE, SPIKE_AFTER, balance
+from amn_kernels.stats import DominanceWarning
 from amn_kernels.weighting import BalancedWeighting
 
 
