@@ -43,6 +43,9 @@ struct BalanceOptions {
 
 // Matrices have unit stride along D; `real` is the dtype that is computed in, float32 or float64.
 struct Primitives {
+  // Called with a fresh tensor that is about to be written whole.
+  void (*prepare)(const at::Tensor& fresh);
+
   // Fills kInvPred ... kPredDiff, and the others as for an empty set of keys.
   void (*row_stats)(
       const at::Tensor& pred,        // [M, D] real

@@ -105,6 +105,8 @@ Tensor attend(
   const Tensor rescale = at::empty({keys < n ? chunk_rows : 0, 1}, real);  // one block has nothing to merge with
   const Tensor scratch = at::empty({chunk_rows, keys}, real);
   const Tensor attention = at::empty({with_gradient ? n : 0, dim}, real);
+  prim.prepare(scratch);
+  prim.prepare(attention);
 
   Tensor block = target.chunk(0, keys);
   for_chunks(n, chunk_rows, [&](int64_t begin, int64_t count) {
@@ -173,6 +175,7 @@ Tensor seq_loss_backward(
   const at::ScalarType real = attention.scalar_type();
   const Rows p(pred, real), t(target, real);
   const Tensor grad = at::empty(pred.sizes(), pred.options().memory_format(at::MemoryFormat::Contiguous));
+  prim.prepare(grad);
   const Tensor grad_rows = grad.view({p.size(), pred.size(-1)});
   const Tensor weights = grad_values.to(real).contiguous();
   const bool direct = p.direct() && t.direct() && grad.scalar_type() == real;

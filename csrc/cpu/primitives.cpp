@@ -5,6 +5,10 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -75,6 +79,18 @@ template <class F>
 void parallel_rows(int64_t rows, int64_t cols, const F& f) {
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, cols));
   at::parallel_for(0, rows, grain, f);
+}
+
+// Large fresh memory in huge pages where the system leaves it to the program: thousands of page faults, a tenth of the
+// time of a call with 4,096 rows, become a few. Only a hint: whether it is heard changes no result.
+void prepare(const Tensor& fresh) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(fresh.data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + fresh.nbytes()) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 void row_stats(const Tensor& pred, const Tensor& target, const Tensor& rows, const Tensor& key_scale) {
@@ -242,7 +258,7 @@ void row_combine(
 
 }  // namespace
 
-const Primitives primitives = {row_stats, softmax_rows_, row_dots, term_sums, row_combine, balance};
+const Primitives primitives = {prepare, row_stats, softmax_rows_, row_dots, term_sums, row_combine, balance};
 
 const char* isa() {
   switch (current_isa()) {
