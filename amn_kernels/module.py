@@ -97,6 +97,12 @@ class FusedSeqLoss(nn.Module):
         )
         return loss
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        # `.half()` and the like round floating buffers; these weights are the options' and not the model's.
+        self._weights = torch.tensor(self.options.lambdas, device=self._weights.device)
+        return self
+
     @property
     def stats(self) -> LossStats:
         """Diagnostics of the last call; raises RuntimeError before the first."""

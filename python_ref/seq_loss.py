@@ -1,5 +1,6 @@
 """The loss in plain PyTorch: every term of `amn_kernels.reference.terms` for one set of options."""
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,20 @@ if TYPE_CHECKING:
     from amn_kernels.options import LossOptions
 
 
+def _without_autocast(function):
+    """Runs `function`, whose first argument is a tensor, with autocast off: it chooses its dtypes itself."""
+
+    @functools.wraps(function)
+    def run(pred, *arguments, **options):
+        if not torch.amp.is_autocast_available(pred.device.type):
+            return function(pred, *arguments, **options)
+        with torch.autocast(pred.device.type, enabled=False):
+            return function(pred, *arguments, **options)
+
+    return run
+
+
+@_without_autocast
 def term_outputs(
     pred: Tensor,  # [N, D] or [B, T, D]
     target: Tensor,  # same shape
