@@ -15,6 +15,8 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 demo: build
 	$(BIN)/amn-kernels demo --overwrite
 
+# Threads that wait without spinning: on a busy machine a spinning one keeps the one it waits for from running.
+test: export OMP_WAIT_POLICY = passive
 test: build
 	$(BIN)/python -m pytest tests
 
