@@ -16,14 +16,14 @@ demo: build
 	$(BIN)/amn-kernels demo --overwrite
 
 # Threads that wait without spinning: on a busy machine a spinning one keeps the one it waits for from running.
-test: export OMP_WAIT_POLICY = passive
+test test-full: export OMP_WAIT_POLICY = passive
 test: build
 	$(BIN)/python -m pytest tests
 
 test-full: build
 	$(BIN)/python -m pytest tests --full
 
-test-install: build
+test-install:
 	PYTHON=$(PYTHON) sh tests/install.sh
 
 lint: $(VENV)/.dependencies

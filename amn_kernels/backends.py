@@ -46,6 +46,13 @@ class Backend:
     """Loss, that is weights·values, and outputs."""
 
 
+def _is_transformed() -> bool:
+    """Whether the call is inside a torch.func transform or a forward-mode level, which a C++ function does not see."""
+    if torch.compiler.is_compiling():
+        return False  # neither can be asked for while tracing
+    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 def _cpu_unsupported(call: Call) -> str | None:
     options = call.options
     if call.pred.device.type != "cpu":
@@ -64,6 +71,8 @@ def _cpu_unsupported(call: Call) -> str | None:
         return "ids is not fused yet"
     if call.temperature is not None:
         return "a learnable temperature is not fused yet"
+    if _is_transformed():
+        return "torch.func transforms and forward-mode derivatives are not fused"
     if call.target.requires_grad and torch.is_grad_enabled():
         return "target requires a gradient, which is not fused yet"
     return None

@@ -29,7 +29,8 @@ def seq_loss(
         extra_negatives: Keys that are nobody's positive (hard negatives, a queue); used by infonce.
         ids: Rows with one id are not each other's negatives; used by infonce.
         **options: The fields of `LossOptions`: term weights, temperature and so on. ``learnable_temperature`` and
-            running weights are state: use `FusedSeqLoss` for them. Here ``weighting`` balances the current call alone.
+            running weights are state: use `FusedSeqLoss` for them. Here ``weighting`` balances the current call alone;
+            under ``torch.compile`` use ``"fixed"`` or the module.
 
     Returns:
         The loss, a 0-dim float32 tensor (float64 for float64 input), and the `LossStats` of the call. A zero vector

@@ -65,9 +65,9 @@ class FusedSeqLoss(nn.Module):
         self.options = LossOptions(**arguments)
         self._backend = backends.requested(self.options.backend)
         # A buffer only to move with the module; what it holds follows from the options.
-        self.register_buffer("_weights", torch.tensor(self.options.lambdas), persistent=False)
+        self.register_buffer("_weights", torch.tensor(self.options.lambdas, dtype=torch.float32), persistent=False)
         if learnable_temperature:
-            self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log())
+            self.log_temperature = nn.Parameter(torch.tensor(float(temperature), dtype=torch.float32).log())
         self.weighting = make_weighting(self.options)
         self._last = _Last()
 
@@ -100,7 +100,7 @@ class FusedSeqLoss(nn.Module):
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         # `.half()` and the like round floating buffers; these weights are the options' and not the model's.
-        self._weights = torch.tensor(self.options.lambdas, device=self._weights.device)
+        self._weights = torch.tensor(self.options.lambdas, dtype=torch.float32, device=self._weights.device)
         return self
 
     @property

@@ -8,7 +8,7 @@ from torch import Tensor
 from amn_kernels import reference
 from amn_kernels.options import TERMS, LossOptions
 from amn_kernels.reference.seq_loss import compute_dtype
-from amn_kernels.stats import TermOutputs
+from amn_kernels.stats import METRICS, TermOutputs
 
 try:
     from amn_kernels import _C
@@ -64,7 +64,6 @@ def balance(
 
 
 _ROW_SCALARS = 13  # kRowScalars in csrc/row_scalars.h
-_METRICS = 5  # kMetrics in csrc/primitives.h
 
 
 def _forward_fake(pred, target, terms, monitored, temperature, chunk_bytes, with_gradient):
@@ -74,7 +73,7 @@ def _forward_fake(pred, target, terms, monitored, temperature, chunk_bytes, with
     return (
         pred.new_empty([m], dtype=real),
         pred.new_empty([m, m] if with_gradient else [0, 0], dtype=real),
-        pred.new_empty([_METRICS], dtype=real),
+        pred.new_empty([len(METRICS)], dtype=real),
         pred.new_empty([_ROW_SCALARS, n], dtype=torch.float64),
         pred.new_empty([n if attends else 0, dim], dtype=real),
     )

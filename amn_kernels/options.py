@@ -52,8 +52,8 @@ class LossOptions:
         gather_negatives: Not available yet.
         backend: ``"cpu"`` or ``"reference"``; default: the environment variable AMN_KERNELS_BACKEND, else the best
             one that can do what is asked.
-        chunk_bytes: Most bytes of scratch memory for similarities; default 8 MiB. More never changes the result
-            beyond rounding.
+        chunk_bytes: Scratch memory of the compiled backend for similarities, in bytes; default 8 MiB. At least 64 keys
+            for a chunk of 1,024 rows are taken. It never changes the result beyond rounding.
         check_finite: Raise on NaN or Inf in a row that counts, instead of returning a NaN loss. Synchronises.
 
     Raises:
@@ -107,6 +107,8 @@ class LossOptions:
         for option, choices in _CHOICES.items():
             if getattr(self, option) not in choices:
                 raise ValueError(f"{option} must be one of {', '.join(choices)}, got {getattr(self, option)!r}")
+        if self.learnable_temperature and "infonce" not in (*self.enabled, *self.monitor):
+            raise ValueError("learnable_temperature=True needs the infonce term, which is off (weight 0)")
         for option in ("update_every", "chunk_bytes"):
             value = getattr(self, option)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

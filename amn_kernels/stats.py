@@ -79,7 +79,7 @@ class LossStats:
 
     @property
     def share(self) -> dict[str, Tensor]:
-        """weight · grad_norm of each term that is on, over the sum of them all."""
+        """weight · grad_norm of each term that is on, over the sum of them all; NaN where that is 0."""
         if self.gram is None:
             return {}
         pulls = self.weights * self._norms()
@@ -87,7 +87,10 @@ class LossStats:
 
     @property
     def gradient_cosine(self) -> dict[tuple[str, str], Tensor]:
-        """Cosine of the angle between the gradients of each pair of terms that are on; below 0 they conflict."""
+        """Cosine of the angle between the gradients of each pair of terms that are on; below 0 they conflict.
+
+        NaN where one of the two sends no gradient, as a hinge that is met.
+        """
         if self.gram is None:
             return {}
         norms = self._norms()

@@ -28,9 +28,9 @@ class BalancedWeighting(nn.Module):
     """Weights by which each term pulls λ_i / λ_anchor times as hard as the anchor, which keeps its own scale.
 
     ``"gradient"``: x_i is the squared norm G_ii of the term's gradient; ``"value"``: x_i is the term's value. Per term
-    there is a running mean E_i of x_i, bias-corrected as in Kingma & Ba 2015 (arXiv:1412.6980, section 3), each update
-    at most `SPIKE` times the mean so far. With N = sqrt(E), M_i = max(N_i, current norm) for gradient and
-    N = M = E for value::
+    there is a running mean E_i of x_i, bias-corrected as in Kingma & Ba 2015 (arXiv:1412.6980, section 3); an update
+    counts as at most `SPIKE` times the mean once that has seen `SPIKE_AFTER` of them. With N = sqrt(E) and
+    M_i = max(N_i, current norm) for gradient, N = M = E for value::
 
         w_anchor = λ_anchor,    w_i = λ_i clamp(N_anchor / M_i, LEAST, MOST),    hinges: w_i at most λ_i
 
@@ -49,14 +49,14 @@ class BalancedWeighting(nn.Module):
         self.update_every = options.update_every
         self.anchor = options.terms.index(options.anchor or options.default_anchor)
         m = len(self.terms)
-        self.register_buffer("mean", torch.zeros(m))
+        self.register_buffer("mean", torch.zeros(m, dtype=torch.float32))
         self.register_buffer("updates", torch.zeros(m, dtype=torch.int64))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped", torch.zeros(m, dtype=torch.int64))
         # Constants that move with the module; not state.
         self.register_buffer("lambdas", torch.tensor(options.lambdas, dtype=torch.float64), persistent=False)
         most = [1.0 if term in HINGES else MOST for term in self.terms]
-        self.register_buffer("most", torch.tensor(most), persistent=False)
+        self.register_buffer("most", torch.tensor(most, dtype=torch.float32), persistent=False)
 
     @torch.no_grad()
     def forward(self, values: Tensor, gram: Tensor | None) -> Tensor:  # [m], [m, m] -> [m]

@@ -61,20 +61,23 @@ def _times(smoke: bool) -> list[dict]:
 
 
 def _print(result: dict) -> None:
-    console = Console()
+    console = Console(width=max(100, Console().width))
     machine = result["machine"]
     console.print(f"torch {machine['torch']}, {machine['threads']} threads, {machine['kernels']} kernels")
 
     table = Table(title="MSE + cosine + InfoNCE, forward + backward, float32, D = 768; medians of interleaved runs")
-    for column in ("rows", "fused", "eager", "compile", "ratio to the faster", "two products", "share", "GFLOP/s"):
+    for column in ("rows", "fused\nms", "eager\nms", "compile\nms", "faster /\nfused", "balanced /\nfused"):
+        table.add_column(column, justify="right")
+    for column in ("two products\nms", "products /\nfused", "products\nGFLOP/s"):
         table.add_column(column, justify="right")
     for entry in (e for e in result["times"] if e["kind"] == "all_terms"):
         median = entry["median"]
         table.add_row(
             f"{entry['rows']:,}",
-            *(_milliseconds(median[name]) for name in ("fused", "eager", "compile")),
+            *(f"{median[name] * 1e3:.3g}" for name in ("fused", "eager", "compile")),
             f"{min(median['eager'], median['compile']) / median['fused']:.2f}x",
-            _milliseconds(median["products"]),
+            f"{median['balanced'] / median['fused']:.2f}x",
+            f"{median['products'] * 1e3:.3g}",
             f"{median['products'] / median['fused']:.0%}",
             f"{entry['flops'] / median['products'] / 1e9:.0f}",
         )

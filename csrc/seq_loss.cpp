@@ -9,7 +9,7 @@
 //             term_sums                      values, Gram matrix, metrics
 //   backward  row_combine                    grad = a p + b d + c o
 //
-// No N x N matrix and no normalised copy exist: norms are folded into softmax_rows_.
+// S exists one block at a time, within chunk_bytes, and no normalised copy does: norms are folded into softmax_rows_.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>

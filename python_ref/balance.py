@@ -61,4 +61,5 @@ def balance(
 
 
 def _corrected(mean: Tensor, updates: Tensor, decay: float) -> Tensor:  # [m]; 0 without updates
-    return mean / (1 - decay ** updates.clamp(min=1))
+    # In float64: for a decay near 1 the difference cancels.
+    return (mean / (1 - decay ** updates.clamp(min=1).double())).to(mean.dtype)

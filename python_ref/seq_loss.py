@@ -81,10 +81,12 @@ def term_outputs(
     if pred.requires_grad and torch.is_grad_enabled():
         with torch.no_grad():
             g = gradients.term_gradients(
-                options.terms, *groups, temperature, **infonce_options, gamma=options.variance_target
-            ).flatten(1)  # [m, N D]
-            on = torch.tensor([term not in options.monitor for term in options.terms], device=g.device)
-            gram = torch.where(on & on.unsqueeze(1), g @ g.mT, 0)
+                options.enabled, *groups, temperature, **infonce_options, gamma=options.variance_target
+            ).flatten(1)  # [enabled terms, N D]
+            rows_of_terms = dict(zip(options.enabled, g.unbind(), strict=True))
+            none = torch.zeros_like(g[0])  # what a monitored term sends
+            g = torch.stack([rows_of_terms.get(term, none) for term in options.terms])
+            gram = g @ g.mT
 
     with torch.no_grad():
         nothing = torch.zeros_like(row_mask, dtype=dtype)

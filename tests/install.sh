@@ -7,8 +7,8 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder/venv"
 bin=$folder/venv/bin
-"$bin/pip" install -q -c "$checkout/constraints.txt" setuptools wheel ninja numpy torch pytest
-# A copy, so that the build leaves nothing in the checkout.
+"$bin/pip" install -q -c "$checkout/constraints.txt" setuptools wheel ninja numpy torch pytest hypothesis
+# A copy of what is committed, so that the build leaves nothing in the checkout.
 git -C "$checkout" archive HEAD | (mkdir "$folder/source" && tar -x -C "$folder/source")
 "$bin/pip" install -q --no-build-isolation "$folder/source"
 cp -r "$folder/source/tests" "$folder/tests"

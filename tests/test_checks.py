@@ -167,3 +167,8 @@ def test_any_two_floating_dtypes_are_welcome(pred_dtype, target_dtype):
     loss, _ = functional.seq_loss(torch.zeros(2, 2, dtype=pred_dtype), target)
     assert loss == 1.25
     assert loss.dtype == (torch.float64 if torch.float64 in (pred_dtype, target_dtype) else torch.float32)
+
+
+def test_learnable_temperature_needs_the_infonce_term():
+    with pytest.raises(ValueError, match="learnable_temperature=True needs the infonce term"):
+        FusedSeqLoss(learnable_temperature=True)

@@ -351,17 +351,6 @@ def test_monitoring_changes_no_gradient(backend):
     assert watching.stats.value["infonce"].item() == pytest.approx(wanted, rel=1e-6)
 
 
-def test_functional_transforms_are_right_or_refused():
-    pred, target = make_rows(33, 7)
-    wanted = seq_loss(pred, target, backend="cpu", **ALL).grad
-    try:
-        got = torch.func.grad(lambda x: functional.seq_loss(x, target, backend="cpu", **ALL)[0])(pred)
-    except RuntimeError as error:
-        assert "functorch" in str(error)  # noqa: PT017
-    else:
-        torch.testing.assert_close(got, wanted)
-
-
 def test_inference_mode():
     pred, target = make_rows(33, 7)
     criterion = FusedSeqLoss(backend="cpu", **ALL)
@@ -377,3 +366,32 @@ def test_inference_mode():
 def test_repr_shows_what_was_chosen():
     assert "infonce=0.5, temperature=0.1" in repr(FusedSeqLoss(infonce=0.5, temperature=0.1))
     assert "mse" not in repr(FusedSeqLoss())
+
+
+def test_transforms_and_forward_mode_go_to_the_reference():
+    pred, target = make_rows(9, 4, dtype=torch.float64)
+    tangent = torch.ones_like(pred)
+
+    def loss(x, backend=None):
+        return FusedSeqLoss(**ALL, backend=backend)(x, target)
+
+    with pytest.raises(ValueError, match=r"backend='cpu' can't serve this call: torch\.func"):
+        torch.func.grad(lambda x: loss(x, "cpu"))(pred)
+    leaf = pred.clone().requires_grad_()
+    (true,) = torch.autograd.grad(loss(leaf, "reference"), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(pred), true)
+    torch.testing.assert_close(torch.func.jvp(loss, (pred,), (tangent,))[1], (true * tangent).sum())
+    with torch.autograd.forward_ad.dual_level():
+        dual = loss(torch.autograd.forward_ad.make_dual(pred, tangent))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, (true * tangent).sum())
+
+
+def test_default_dtype_changes_nothing():
+    pred, target = make_rows(9, 4)
+    true = FusedSeqLoss(mse=0.5, infonce=0.5)(pred.clone().requires_grad_(), target)
+    try:
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            assert torch.equal(FusedSeqLoss(mse=0.5, infonce=0.5)(pred.clone().requires_grad_(), target), true)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -300,3 +300,8 @@ def test_op_passes_opcheck(kind, dtype):
     arguments = (values, torch.diag(values), weighting.mean, weighting.updates, weighting.calls, weighting.skipped)
     constants = (weighting.lambdas, weighting.most, 0, 0.9, 1, kind == "value", True)
     torch.library.opcheck(torch.ops.amn_kernels._balance.default, (*arguments, *constants))
+
+
+def test_bias_correction_survives_a_slow_decay():
+    # 1 - decay is below the resolution of float32 near 1.
+    assert observe(balanced(mse=1.0, infonce=0.5, ema=1 - 1e-8), 4.0, 1.0) == pytest.approx([1.0, 1.0], rel=1e-6)

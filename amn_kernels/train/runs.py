@@ -94,7 +94,9 @@ def save_epoch(out: Path, model: nn.Module, criterion: nn.Module, history: list[
     state = io.BytesIO()
     torch.save(criterion.state_dict(), state)
     write_atomically(out / CRITERION, state.getvalue())
-    write_atomically(out / HISTORY, "".join(json.dumps(row) + "\n" for row in history))
+    # JSON has no NaN: what was not defined in an epoch is null.
+    rows = [{name: None if value != value else value for name, value in row.items()} for row in history]
+    write_atomically(out / HISTORY, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 def load_run(out: Path) -> tuple[TrainConfig, int, int, nn.Module]:

@@ -122,7 +122,13 @@ def train_epoch(
         if step % stats_every == 0:
             for name, value in criterion.stats.as_dict().items():
                 stats[name].append(value)
-    return {name: float(np.mean(values)) for name, values in stats.items()}
+    return {name: mean_of_numbers(values) for name, values in stats.items()}
+
+
+def mean_of_numbers(values: list[float]) -> float:
+    """The mean without NaN, which a statistic is in a batch that does not define it; NaN if that is every one."""
+    numbers = [value for value in values if not math.isnan(value)]
+    return float(np.mean(numbers)) if numbers else math.nan
 
 
 def check_device(name: str) -> torch.device:

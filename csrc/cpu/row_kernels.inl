@@ -16,7 +16,7 @@ template <>
 struct VectorOf<float> {
   typedef float type __attribute__((vector_size(kVectorBytes)));
   typedef float unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
-  typedef int32_t integers __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t integers __attribute__((vector_size(kVectorBytes)));
 };
 template <>
 struct VectorOf<double> {
@@ -211,7 +211,8 @@ void softmax_rows_(
       for_vectors<T>(first, last, [&](int64_t j, auto access) {
         const Vector<T> norm = access.load(key_scale + j);
         const Vector<T> x = access.load(s + j) * norm * scale - shift;
-        const Vector<T> e = exp_nonpositive(access.or_else(x, kLowest));
+        // The maximum was rounded on another path (fused multiply-add), so that x may exceed it in the last place.
+        const Vector<T> e = exp_nonpositive(access.or_else(x > 0 ? Vector<T>{} : x, kLowest));
         lanes += e;
         access.store(s + j, e * norm);
       });
