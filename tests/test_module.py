@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from error_rule import TERMS, make_rows, relative_error, seq_loss, truth
+from error_rule import TERMS, make_rows, relative_error, truth
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from amn_kernels import FusedSeqLoss, functional
