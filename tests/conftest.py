@@ -42,6 +42,14 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _same_threads():
+    """Training sets torch's threads for the process; other tests shouldn't notice."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def run_python():
     """Run a script in a fresh interpreter that can import the helpers of tests/; returns the completed process."""

@@ -6,18 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
 from amn_kernels import cli
 from amn_kernels.data import load_windows, split_windows
-
-
-@pytest.fixture(autouse=True)
-def same_threads():
-    """Training sets torch's threads for the process; other tests shouldn't notice."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -4,21 +4,12 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from amn_kernels import cli
 from amn_kernels.train import sweep as module
 from amn_kernels.train.demo import SETTINGS
 from amn_kernels.train.runs import load_history, load_run
 from amn_kernels.train.sweep import MSE_ONLY, WEIGHTINGS, Point, SweepConfig, plot_frontier, run_config
-
-
-@pytest.fixture(autouse=True)
-def same_threads():
-    """Training sets torch's threads for the process; other tests shouldn't notice."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

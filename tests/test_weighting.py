@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from error_rule import make_rows
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from amn_kernels import FusedSeqLoss, ops
 from amn_kernels.options import LossOptions
@@ -255,6 +256,28 @@ def test_callable_must_return_a_weight_per_term():
     pred, target = make_rows(4, 3)
     with pytest.raises(ValueError, match=r"weighting must return .*\[2\].*got \[1\]"):
         criterion(pred.requires_grad_(), target)
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises on what makes the host wait for a device: reading a number, and shapes that depend on data."""
+
+    FORBIDDEN = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default})
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        assert function not in self.FORBIDDEN, f"{function} waits for the device"
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("weighting", ["fixed", "value", "gradient"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_nothing_is_read_on_the_host(weighting, backend):
+    pred, target = make_rows(40, 8)
+    criterion = FusedSeqLoss(mse=0.5, cosine=0.1, infonce=0.5, weighting=weighting, backend=backend)
+    with NoHostReads():
+        for _ in range(2):
+            criterion(pred.clone().requires_grad_(), target).backward()
+    with pytest.raises(AssertionError, match="waits for the device"), NoHostReads():
+        criterion.stats.weights.sum().item()  # the detector detects
 
 
 def test_drowning_under_fixed_weights_is_told_once():

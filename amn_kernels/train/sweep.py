@@ -17,12 +17,11 @@ from amn_kernels.stats import DominanceWarning
 from amn_kernels.train.auditing import audit_config
 from amn_kernels.train.baselines import TRAIN_MEAN, fit_baselines
 from amn_kernels.train.config import TrainConfig
-from amn_kernels.train.demo import SETTINGS
+from amn_kernels.train.demo import MSE_ONLY, SETTINGS
 from amn_kernels.train.metrics import RetrievalTask
 from amn_kernels.train.runs import load_run, prepare_folder, write_atomically
 from amn_kernels.train.trainer import train
 
-MSE_ONLY = "MSE only"
 # Calibrated: fixed weights that the audit of the untrained model scaled once.
 WEIGHTINGS = ("fixed", "calibrated", "value", "gradient")
 PLOT, RESULTS = "frontier.png", "results.json"
