@@ -87,7 +87,8 @@ def test_history_and_files(data, tmp_path):
     lines = [line for line in console.file.getvalue().splitlines() if line.startswith("epoch")]
     assert len(lines) == 3
     for line, row in zip(lines, history, strict=True):
-        assert f"infonce {row['loss_infonce']:.4g} x 0.25 ({row['share_infonce']:.1%})" in line
+        contribution = row["contribution_infonce"]
+        assert f"infonce {row['loss_infonce']:.4g} x 0.25 = {contribution:.3g} ({row['share_infonce']:.1%})" in line
         assert f"cosine train {row['train_cosine']:.4f} validation {row['validation_cosine']:.4f}" in line
 
 

@@ -149,10 +149,12 @@ def make_batches(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
 
 
 def epoch_line(row: dict, epochs: int) -> str:
-    """One history row for people: every term as value x weight (share of the update), cosines, learning rate."""
+    """A history row in words: terms as value x weight = contribution (share of the update), cosines, learning rate."""
     terms = [name.removeprefix("share_") for name in row if name.startswith("share_")]
     parts = [
-        f"{term} {row[f'loss_{term}']:.4g} x {row[f'weight_{term}']:.3g} ({row[f'share_{term}']:.1%})" for term in terms
+        f"{term} {row[f'loss_{term}']:.4g} x {row[f'weight_{term}']:.3g} = {row[f'contribution_{term}']:.3g} "
+        f"({row[f'share_{term}']:.1%})"
+        for term in terms
     ]
     cosines = f"cosine train {row['train_cosine']:.4f} validation {row['validation_cosine']:.4f}"
     best = " best" if row["is_best"] else ""
