@@ -217,7 +217,8 @@ def test_bad_input_is_named():
 
 
 def test_report_as_json_and_as_table():
-    rich_console = pytest.importorskip("rich.console")
+    from rich import console as rich_console
+
     report = audit(linear(), batches(2), FusedSeqLoss(**CLIFF))
     assert json.loads(json.dumps(report.as_dict()))["start"]["terms"]["infonce"]["share"] > 0.9
     assert str(report) == report.verdict
