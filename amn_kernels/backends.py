@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from amn_kernels import ops, reference
-from amn_kernels.options import DEFAULT_CHUNK_BYTES, LossOptions
+from amn_kernels.options import LossOptions
 from amn_kernels.stats import TermOutputs
 
 ENVIRONMENT = "AMN_KERNELS_BACKEND"
@@ -54,41 +54,15 @@ def _is_transformed() -> bool:
 
 
 def _cpu_unsupported(call: Call) -> str | None:
-    options = call.options
     if call.pred.device.type != "cpu":
         return f"pred is on {call.pred.device}"
-    if unfused := [term for term in options.terms if term not in ops.FUSED_TERMS]:
-        return f"the {unfused[0]} term is not fused yet"
-    if options.direction != "pred_to_target":
-        return f"direction={options.direction!r} is not fused yet"
-    if options.negatives != "all":
-        return f"negatives={options.negatives!r} is not fused yet"
-    if call.mask is not None:
-        return "mask is not fused yet"
-    if call.extra_negatives is not None:
-        return "extra_negatives is not fused yet"
-    if call.ids is not None:
-        return "ids is not fused yet"
-    if call.temperature is not None:
-        return "a learnable temperature is not fused yet"
     if _is_transformed():
         return "torch.func transforms and forward-mode derivatives are not fused"
-    if call.target.requires_grad and torch.is_grad_enabled():
-        return "target requires a gradient, which is not fused yet"
     return None
 
 
 def _cpu_run(call: Call) -> tuple[Tensor, TermOutputs]:
-    options = call.options
-    return ops.seq_loss(
-        call.pred,
-        call.target,
-        call.weights,
-        options.terms,
-        options.monitor,
-        options.temperature,
-        options.chunk_bytes or DEFAULT_CHUNK_BYTES,
-    )
+    return ops.seq_loss(*call)
 
 
 def _reference_run(call: Call) -> tuple[Tensor, TermOutputs]:
@@ -185,5 +159,5 @@ def info() -> str:
             lines.append(f"  {what:<24} {backend.name}{why}")
         except ValueError as error:
             lines.append(f"  {what:<24} none: {error}")
-    lines.append("  double backward          reference")
+    lines += ["  double backward          reference", "  torch.func transforms    reference"]
     return "\n".join(lines)

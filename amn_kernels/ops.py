@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from amn_kernels import reference
-from amn_kernels.options import TERMS, LossOptions
+from amn_kernels.options import DEFAULT_CHUNK_BYTES, TERMS, LossOptions
 from amn_kernels.reference.seq_loss import compute_dtype
 from amn_kernels.stats import METRICS, TermOutputs
 
@@ -28,29 +28,38 @@ def cpu_isa() -> str:
 
 
 _TERM_IDS = {term: index for index, term in enumerate(TERMS)}  # enum Term in csrc/primitives.h
-
-FUSED_TERMS = frozenset(("mse", "cosine", "infonce"))
-"""The terms that the compiled op computes."""
+_NEGATIVES = {"all": 0, "step": 1, "sequence": 2}  # enum Negatives in csrc/seq_loss.cpp, as the next
+_NEEDS_PRED, _NEEDS_TARGET, _NEEDS_EXTRA, _NEEDS_TEMPERATURE = 1, 2, 4, 8
 
 
 def seq_loss(
-    pred: Tensor,  # [..., D]
-    target: Tensor,  # [..., D]
+    pred: Tensor,  # [N, D] or [B, T, D]
+    target: Tensor,  # same shape
+    options: LossOptions,
     weights: Tensor,  # [m], in the dtype of the values
-    terms: tuple[str, ...],
-    monitor: tuple[str, ...],
-    temperature: float,
-    chunk_bytes: int,
+    temperature: Tensor | None = None,  # [], where it is learned
+    mask: Tensor | None = None,  # [N] or [B, T] bool
+    extra_negatives: Tensor | None = None,  # [K, D]
+    ids: Tensor | None = None,  # [N] or [B, T]
 ) -> tuple[Tensor, TermOutputs]:
-    """The fused op: weighted sum and outputs of the terms; serves mse, cosine and infonce without further options."""
+    """The fused op: weighted sum and outputs of the terms."""
     loss, values, gram, metrics = torch.ops.amn_kernels.seq_loss.default(
         pred,
         target,
         weights,
-        [_TERM_IDS[term] for term in terms],
-        [_TERM_IDS[term] for term in monitor],
+        mask,
+        ids,
+        extra_negatives,
         temperature,
-        chunk_bytes,
+        [_TERM_IDS[term] for term in options.terms],
+        [_TERM_IDS[term] for term in options.monitor],
+        options.temperature,
+        options.direction == "both",
+        _NEGATIVES[options.negatives],
+        options.positives == "ids",
+        -1.0 if options.false_negative_margin is None else options.false_negative_margin,
+        -1.0 if options.variance_target is None else options.variance_target,
+        options.chunk_bytes or DEFAULT_CHUNK_BYTES[options.direction],
     )
     return loss, TermOutputs(values, gram if gram.numel() else None, metrics)
 
@@ -63,24 +72,40 @@ def balance(
     return torch.ops.amn_kernels._balance.default(values, observed, mean, updates, calls, *constants_and_options)
 
 
-_ROW_SCALARS = 13  # kRowScalars in csrc/row_scalars.h
+_ROW_SCALARS, _PLAIN_ROW_SCALARS, _COLUMNS = 30, 15, 7  # kRowScalars and so on in csrc/row_scalars.h
 
 
-def _forward_fake(pred, target, terms, monitored, temperature, chunk_bytes, with_gradient):
+def _forward_fake(
+    pred, target, mask, ids, extra_negatives, learned_temperature, terms, monitored, temperature, both, negatives,
+    positives_by_id, false_negative_margin, variance_target, chunk_bytes, needs,
+):  # fmt: skip
     real = compute_dtype(pred, target)
     n, dim, m = math.prod(pred.shape[:-1]), pred.shape[-1], len(terms)
-    attends = with_gradient and _TERM_IDS["infonce"] in terms and _TERM_IDS["infonce"] not in monitored
+    attends = needs != 0 and _TERM_IDS["infonce"] in terms and _TERM_IDS["infonce"] not in monitored
+    keys = n if needs & _NEEDS_TARGET else 0
+    extra = extra_negatives.shape[0] if attends and needs & _NEEDS_EXTRA else 0
+    gram = m if needs & _NEEDS_PRED else 0
+    columns = _COLUMNS if _TERM_IDS["moment"] in terms or _TERM_IDS["variance"] in terms else 0
+    scalars = _ROW_SCALARS if both or positives_by_id or columns or keys else _PLAIN_ROW_SCALARS
     return (
         pred.new_empty([m], dtype=real),
-        pred.new_empty([m, m] if with_gradient else [0, 0], dtype=real),
+        pred.new_empty([gram, gram], dtype=real),
         pred.new_empty([len(METRICS)], dtype=real),
-        pred.new_empty([_ROW_SCALARS, n], dtype=torch.float64),
-        pred.new_empty([n if attends else 0, dim], dtype=real),
+        pred.new_empty([scalars, n + keys + extra], dtype=torch.float64),
+        pred.new_empty([n + keys + extra if attends else 0, dim], dtype=real),
+        pred.new_empty([columns, dim], dtype=real),
     )
 
 
-def _backward_fake(grad_values, pred, target, rows, attention, terms, monitored, temperature):
-    return pred.new_empty(pred.shape)
+def _backward_fake(grad_values, pred, target, mask, ids, extra_negatives, learned_temperature, *rest):
+    differentiable = _differentiable(pred, target, extra_negatives, learned_temperature, rest[-1])
+    return [x.new_empty(x.shape) for x in differentiable]
+
+
+def _differentiable(pred, target, extra_negatives, learned_temperature, needs) -> list[Tensor]:
+    """The tensors that need a gradient, in the order of the op's results."""
+    candidates = (pred, target, extra_negatives, learned_temperature)
+    return [x for i, x in enumerate(candidates) if needs & (1 << i)]
 
 
 def _balance_fake(values, *state_and_options):
@@ -88,28 +113,59 @@ def _balance_fake(values, *state_and_options):
 
 
 def _save_for_double_backward(ctx, inputs, output):
-    grad_values, pred, target, _, _, ctx.terms, ctx.monitored, ctx.temperature = inputs
-    ctx.save_for_backward(grad_values, pred, target)
+    grad_values, pred, target, mask, ids, extra_negatives, learned_temperature, _, _, _, *ctx.choices = inputs
+    ctx.save_for_backward(grad_values, pred, target, mask, ids, extra_negatives, learned_temperature)
 
 
-def _double_backward(ctx, grad):
-    """Gradient of the gradient, through the plain PyTorch definition; differentiable again."""
+def _double_backward(ctx, grads):
+    """Gradient of the gradients, through the plain PyTorch definition; differentiable again."""
+    terms, monitored, temperature, both, negatives, positives_by_id, margin, variance_target, needs = ctx.choices
     names = list(_TERM_IDS)
-    monitor = tuple(names[i] for i in ctx.monitored)
+    monitor = tuple(names[i] for i in monitored)
     options = LossOptions(
-        **{name: float(i in ctx.terms and name not in monitor) for i, name in enumerate(names)},
+        **{name: float(i in terms and name not in monitor) for i, name in enumerate(names)},
         monitor=monitor,
-        temperature=ctx.temperature,
+        temperature=temperature,
+        direction="both" if both else "pred_to_target",
+        negatives=list(_NEGATIVES)[negatives],
+        positives="ids" if positives_by_id else "diagonal",
+        false_negative_margin=None if margin < 0 else margin,
+        variance_target=None if variance_target < 0 else variance_target,
     )
     create_graph = torch.is_grad_enabled()
+    grad_values, pred, target, mask, ids, extra_negatives, learned_temperature = ctx.saved_tensors
     with torch.enable_grad():
         # Fresh leaves unless a further derivative is wanted: the graph of pred must not be walked here.
-        inputs = [x if create_graph and x.requires_grad else x.detach().requires_grad_() for x in ctx.saved_tensors]
-        grad_values, pred, target = inputs
-        values = reference.term_outputs(pred, target, options).values
-        (grad_pred,) = torch.autograd.grad(values, pred, grad_values, create_graph=True)
-        gradients = torch.autograd.grad(grad_pred, inputs, grad, create_graph=create_graph, allow_unused=True)
-    return *gradients, None, None, None, None, None
+        given = (grad_values, pred, target, extra_negatives, learned_temperature)
+        leaves = [x if x is None or (create_graph and x.requires_grad) else x.detach().requires_grad_() for x in given]
+        grad_values, pred, target, extra_negatives, learned_temperature = leaves
+        values = reference.term_outputs(
+            pred,
+            target,
+            options,
+            temperature=learned_temperature,
+            mask=mask,
+            extra_negatives=extra_negatives,
+            ids=ids,
+        ).values
+        wanted = _differentiable(pred, target, extra_negatives, learned_temperature, needs)
+        first = torch.autograd.grad(values, wanted, grad_values, create_graph=True, allow_unused=True)
+        pairs = [(f, g) for f, g in zip(first, grads, strict=True) if f is not None and g is not None]
+        second = dict.fromkeys(range(len(leaves)))
+        differentiable = [i for i, leaf in enumerate(leaves) if leaf is not None]
+        if pairs:
+            gradients = torch.autograd.grad(
+                [f for f, _ in pairs],
+                [leaves[i] for i in differentiable],
+                [g for _, g in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+            second.update(zip(differentiable, gradients, strict=True))
+    of_values, of_pred, of_target, of_extra, of_temperature = second.values()
+    # PyTorch takes an empty list among the arguments for one of tensors, and wants one back.
+    of_choices = [[] if choice == [] else None for choice in ctx.choices]
+    return of_values, of_pred, of_target, None, None, of_extra, of_temperature, None, None, None, *of_choices
 
 
 if _C is not None:

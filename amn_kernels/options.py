@@ -8,8 +8,8 @@ from typing import Any
 TERMS = ("mse", "cosine", "infonce", "moment", "variance")
 """All terms, in the order of every per-term tensor and table."""
 
-DEFAULT_CHUNK_BYTES = 8 << 20
-"""Scratch memory for one block of similarities on the CPU; see `LossOptions.chunk_bytes`."""
+DEFAULT_CHUNK_BYTES = {"pred_to_target": 8 << 20, "both": 64 << 20}
+"""Scratch memory for similarities on the CPU, by direction; see `LossOptions.chunk_bytes`."""
 
 _CHOICES = {
     "direction": ("pred_to_target", "both"),

@@ -1,4 +1,4 @@
-// The per-row numbers that the primitives share; free of torch, so that kernels can include it.
+// What the primitives share with their kernels: the numbers per row and per column, and two options. Free of torch.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,10 @@ namespace amn {
 
 constexpr double kEps = 1e-8;  // a norm below this counts as zero
 
-// Per-row scalars, float64 [kRowScalars, N]: a few numbers a row, so their precision is free.
+// Per-row scalars, float64 [kRowScalars, N]: a few numbers a row, so their precision is free. Those of an option that
+// is off are neither written nor read. "Sends" is said of a row whose pred and target both count and are not zero.
 enum RowScalar : int64_t {
+  kWeight,       // 1/n for a row that counts, 0 for a masked one; n = number of rows that count
   kInvPred,      // 1/|p|, or 0 for a zero vector
   kInvTarget,    // 1/|t|, or 0
   kExcess,       // (|p| - |t|)/|t|, summed from d: does not cancel for p near t
@@ -19,10 +21,73 @@ enum RowScalar : int64_t {
   kPredDiff,     // p.d
   kMax,          // max over the other keys of s_ij = cos(p_i, k_j) / temperature; -inf without any
   kOthers,       // sum over the other keys of exp(s_ij - max)
+  kKeys,         // number of the other keys
   kPredAtt,      // p.o
   kDiffAtt,      // d.o
   kAttAtt,       // o.o
+  kPlainRowScalars,  // those of plain options, so that the others are not even allocated
+  // Direction "both": row i as a key, over the other queries of its column.
+  kColMax = kPlainRowScalars,  // max of s_ji
+  kColOthers,    // sum of exp(s_ji - max)
+  // Positives by id.
+  kPositives,      // number of the other positives
+  kPositiveSum,    // sum of s_ij over them
+  kColPositiveSum, // sum of s_ji over them
+  kNegativeMax,    // max of s_ij over the keys that are no positives
+  // Terms of columns: h is the row's moment gradient, v its variance gradient, both without the factor of the term.
+  kPredSpread,       // u.p/|p| with u = V (p/|p| - mean): what the normalisation takes out of u
+  kPredMoment,       // p.h
+  kDiffMoment,       // d.h
+  kAttMoment,        // o.h
+  kMomentMoment,     // h.h
+  kDiffVariance,     // d.v     (p.v = 0)
+  kAttVariance,      // o.v
+  kMomentVariance,   // h.v
+  kVarianceVariance, // v.v
   kRowScalars,
+};
+
+// Running moments per column over the rows that count, float64 [kMoments, D]; S(x, y) = sum (x - mean x)(y - mean y).
+enum Moment : int64_t {
+  kMeanPred,
+  kMeanTarget,
+  kMeanDiff,
+  kMeanUnitPred,    // of p/|p|
+  kMeanUnitTarget,  // of t/|t|
+  kPredPredS,
+  kTargetTargetS,
+  kDiffDiffS,
+  kDiffPredS,
+  kUnitPredS,
+  kUnitTargetS,
+  kMoments,
+};
+
+// What follows from the moments per column, in the dtype that is computed in, [kColumns, D]. Row gradients of moment:
+// h = A + C (p - mean p), and -A - C' (t - mean t) for the target; of variance: v = (u - (u.q) q)/|p|, q = p/|p|,
+// u = V (q - mean q).
+enum Column : int64_t {
+  kMomentA,        // 2/(nD) (mean p - mean t)
+  kMomentC,        // 2/D (sd p - sd t) / ((n - 1) sd p)
+  kMomentPred,     // mean p
+  kMomentCTarget,  // 2/D (sd p - sd t) / ((n - 1) sd t)
+  kMomentTarget,   // mean t
+  kVarianceV,      // -1/D / ((n - 1) sd q) where sd q < gamma, else 0
+  kVarianceUnit,   // mean q
+  kColumns,
+};
+
+// What is said of InfoNCE besides its temperature.
+struct InfonceForm {
+  bool both;              // the mean of row and column softmax, else the row softmax
+  bool positives_by_id;   // rows with one id are positives, else they are not each other's negatives
+};
+
+// How the attention output is held before row_dots.
+enum class Attention : int64_t {
+  kUnnormalised,  // sum_{j != i} exp(s_ij - max_i) k_j/|k_j|
+  kNormalised,    // sum_{j != i} v_ij k_j/|k_j|, v as softmax_weights_ has it
+  kByKey,         // for a row that is a key: 1/|t_j| sum_{i != j} v_ij p_i/|p_i|
 };
 
 }  // namespace amn

@@ -196,7 +196,8 @@ def test_op_is_sound(inputs, requires_grad):
     real = torch.float64 if inputs == "float64" else torch.float32
     weights = torch.tensor([1.0, 0.5, 0.25], dtype=real)
     torch.library.opcheck(
-        torch.ops.amn_kernels.seq_loss.default, (pred, target, weights, [0, 1, 2], [1], 0.07, 1 << 20)
+        torch.ops.amn_kernels.seq_loss.default,
+        (pred, target, weights, None, None, None, None, [0, 1, 2], [1], *PLAIN),
     )
 
 
@@ -205,13 +206,40 @@ def test_op_is_sound(inputs, requires_grad):
 def test_halves_of_the_op_are_sound(inputs, with_gradient):
     pred, target = OPCHECK_INPUTS[inputs]()
     forward = torch.ops.amn_kernels._seq_loss_forward.default
-    arguments = (pred, target, [0, 1, 2], [1], 0.07, 1 << 20, with_gradient)
+    arguments = (pred, target, None, None, None, None, [0, 1, 2], [1], *PLAIN, int(with_gradient))
     torch.library.opcheck(forward, arguments)
     if with_gradient:
-        values, _, _, rows, attention = forward(*arguments)
+        values, _, _, *saved = forward(*arguments)
         torch.library.opcheck(
             torch.ops.amn_kernels._seq_loss_backward.default,
-            (torch.ones_like(values), pred, target, rows, attention, [0, 1, 2], [1], 0.07),
+            (torch.ones_like(values), pred, target, None, None, None, None, *saved, [0, 1, 2], [1], *PLAIN[:-1], 1),
+        )
+
+
+# Temperature, both, negatives, positives by id, margin, variance target, chunk bytes; and what needs a gradient.
+PLAIN = (0.07, False, 0, False, -1.0, -1.0, 1 << 20)
+RICH = (0.07, True, 1, True, 0.1, -1.0, 1 << 20)
+
+
+@pytest.mark.parametrize("choices", [PLAIN, RICH], ids=["plain", "rich"])
+@pytest.mark.parametrize("needs", [0, 1, 2, 15])
+def test_every_input_of_the_op_is_sound(needs, choices):
+    pred, target = make_rows(4, 5, 6)
+    extra, temperature = make_rows(3, 6, seed=1)[0], torch.tensor(0.3)
+    mask, ids = torch.arange(20).view(4, 5) % 7 > 0, torch.arange(20).view(4, 5) % 3
+    for i, x in enumerate((pred, target, extra, temperature)):
+        x.requires_grad_(bool(needs & (1 << i)))
+    tensors = (mask, ids, extra, temperature)
+    terms = ([0, 1, 2, 3, 4], [1], *choices)
+    torch.library.opcheck(torch.ops.amn_kernels.seq_loss.default, (pred, target, torch.ones(5), *tensors, *terms))
+    detached = [x.detach() for x in (pred, target, *tensors)]
+    forward = torch.ops.amn_kernels._seq_loss_forward.default
+    torch.library.opcheck(forward, (*detached, *terms, needs))
+    if needs:
+        values, _, _, *saved = forward(*detached, *terms, needs)
+        torch.library.opcheck(
+            torch.ops.amn_kernels._seq_loss_backward.default,
+            (torch.ones_like(values), *detached, *saved, [0, 1, 2, 3, 4], [1], *choices[:-1], needs),
         )
 
 

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../row_scalars.h"
+
 namespace amn::cpu {
 
 template <class T>
@@ -21,11 +23,23 @@ struct Scalars {
   double& at(int64_t scalar, int64_t row) const { return data[scalar * stride + row]; }
 };
 
+// Which keys a row leaves out or takes as positives: struct Pairs of primitives.h, for one group.
+template <class T>
+struct KeyPairs {
+  const int64_t* row_ids;  // [M], or null without ids
+  const int64_t* key_ids;  // [id_keys]
+  int64_t id_keys;
+  Matrix<const T> guide;   // [M, K]; data is null without a margin
+  T margin;
+};
+
 // Weight of each term's gradient, with what is common to all rows multiplied in; 0 for a term that is absent.
 struct Coefficients {
-  double mse;      // g 2/(N D)
-  double cosine;   // g / N
-  double infonce;  // g / (N temperature)
+  double mse;      // g 2/D
+  double cosine;   // g
+  double infonce;  // g / temperature
+  double moment;   // g
+  double variance; // g
 };
 
 template <class T>
@@ -33,14 +47,31 @@ struct RowKernels {
   void (*row_stats)(
       Matrix<const T> pred, Matrix<const T> target, Scalars rows, T* key_scale, int64_t begin, int64_t end);
   void (*softmax_rows_)(  // rescale may be null
-      Matrix<T> logits, const T* key_scale, Scalars rows, T* rescale, int64_t own, double temperature, int64_t begin,
-      int64_t end);
+      Matrix<T> logits, const T* key_scale, Scalars rows, T* rescale, KeyPairs<T> pairs, int64_t own,
+      double temperature, int64_t begin, int64_t end);
+  void (*softmax_stats_)(
+      Matrix<T> logits, const T* key_scale, Scalars rows, KeyPairs<T> pairs, InfonceForm form, int64_t own,
+      double temperature, int64_t begin, int64_t end);
+  // Columns [begin, end) over all rows of the logits.
+  void (*softmax_cols)(
+      Matrix<const T> logits, Scalars key_rows, KeyPairs<T> pairs, InfonceForm form, int64_t begin, int64_t end,
+      int64_t row_count);
+  void (*softmax_weights_)(  // cols may be null: one direction
+      Matrix<T> logits, const T* key_scale, Scalars rows, const T* col_max, const T* col_factor, int64_t col_keys,
+      KeyPairs<T> pairs, InfonceForm form, int64_t own, bool raw, double temperature, int64_t begin, int64_t end);
   void (*row_dots)(
-      Matrix<const T> pred, Matrix<const T> target, Matrix<T> attention, Scalars rows, double temperature,
+      Matrix<const T> pred, Matrix<const T> target, Matrix<T> attention, Scalars rows, Attention held,
+      InfonceForm form, double temperature, int64_t begin, int64_t end);
+  // Columns [begin, end) over all rows; count is that before these rows.
+  void (*col_stats)(
+      Matrix<const T> pred, Matrix<const T> target, Scalars rows, Matrix<double> moments, double count, int64_t begin,
+      int64_t end, int64_t row_count);
+  void (*col_dots)(
+      Matrix<const T> pred, Matrix<const T> target, Matrix<const T> attention, Matrix<const T> columns, Scalars rows,
       int64_t begin, int64_t end);
   void (*row_combine)(
-      Matrix<const T> pred, Matrix<const T> target, Matrix<const T> attention, Scalars rows, Coefficients weights,
-      Matrix<T> grad, int64_t begin, int64_t end);
+      Matrix<const T> pred, Matrix<const T> target, Matrix<const T> attention, Matrix<const T> columns, Scalars rows,
+      Coefficients weights, Matrix<T> grad, int64_t begin, int64_t end);
 };
 
 // One set per instruction set; x86-64 has all three, other machines the baseline only.

@@ -6,5 +6,4 @@
 #include <cstring>
 #include <limits>
 
-#include "../row_scalars.h"
 #include "row_kernels.h"
