@@ -44,11 +44,15 @@ def check_inputs(
                 f"extra_negatives must be [K, {pred.shape[-1]}] like pred's last dimension, "
                 f"got shape {list(extra_negatives.shape)}"
             )
+        if extra_negatives.shape[0] == 0:
+            raise ValueError(f"extra_negatives must have at least one row, got shape {list(extra_negatives.shape)}")
         _check_device("extra_negatives", extra_negatives, pred)
     if "infonce" not in options.terms:
         for name, value in (("ids", ids), ("extra_negatives", extra_negatives)):
             if value is not None:
                 raise ValueError(f"{name} is used by the infonce term only, and infonce is off (weight 0)")
+    if options.positives == "ids" and ids is None:
+        raise ValueError("positives='ids' needs ids, got None")
     if options.check_finite:
         _check_finite(pred, target, mask, extra_negatives)
 

@@ -27,7 +27,7 @@ def seq_loss(
         target: Targets of the same shape; the dtype may differ, each is read as it is.
         mask: True = the row counts. Other rows are neither queries nor keys and may hold NaN.
         extra_negatives: Keys that are nobody's positive (hard negatives, a queue); used by infonce.
-        ids: Rows with one id are not each other's negatives; used by infonce.
+        ids: Rows with one id are not each other's negatives, or positives with ``positives="ids"``; used by infonce.
         **options: The fields of `LossOptions`: term weights, temperature and so on. ``learnable_temperature`` and
             running weights are state: use `FusedSeqLoss` for them. Here ``weighting`` balances the current call alone;
             under ``torch.compile`` use ``"fixed"`` or the module.
@@ -40,7 +40,6 @@ def seq_loss(
         TypeError: An argument is not a tensor of a supported dtype, or an option does not exist.
         ValueError: Shapes or devices differ, an option is out of its range, or a backend asked for by name can't
             serve the call. The message names the argument and what was got.
-        NotImplementedError: An option that this version does not have yet.
     """
     checked = LossOptions(**options)
     if checked.learnable_temperature:

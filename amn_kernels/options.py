@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.distributed
+
 TERMS = ("mse", "cosine", "infonce", "moment", "variance")
 """All terms, in the order of every per-term tensor and table."""
 
@@ -16,7 +18,6 @@ _CHOICES = {
     "negatives": ("all", "step", "sequence"),
     "positives": ("diagonal", "ids"),
 }
-_NOT_YET = "is not available yet in this version"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,21 +45,29 @@ class LossOptions:
         negatives: Which rows of [B, T, D] input are each other's negatives: ``"all"`` B·T, the B rows of one
             ``"step"``, or the T rows of one ``"sequence"``.
         variance_target: γ of the variance term; default: the normalised targets' own deviation per dimension.
-        false_negative_margin: Not available yet.
-        positives: ``"diagonal"``; ``"ids"`` is not available yet.
+        false_negative_margin: A key j other than the own one with ``1 - cos(t_i, k_j)`` below this is not a negative of
+            row i, extra negatives included: GISTEmbed (Solatorio 2024, arXiv:2402.16829) with the targets as guide.
+            Costs one more matrix product, 2 N² D operations. Default: none.
+        positives: ``"diagonal"``: the own target is the positive, and rows with one id are not each other's negatives;
+            ``"ids"``: all rows with the own id are positives, and InfoNCE is ``logsumexp_j s_ij`` less the mean of s_ij
+            over them, L_out of SupCon (Khosla et al. 2020, arXiv:2004.11362).
         update_every: Update the state of the weighting every so many calls.
         monitor: Names of terms with λ = 0 to compute and report without a gradient.
-        process_group: Not available yet.
-        gather_negatives: Not available yet.
+        process_group: A torch.distributed group whose ranks hold parts of one batch: values, weights and statistics are
+            those of the whole batch. Gradients are multiplied by the number of ranks, so that the mean over ranks that
+            DistributedDataParallel takes is the gradient of the loss.
+        gather_negatives: The targets of all ranks of the group (default: of the default group) are keys, passed around
+            in a ring so that no rank holds them all; otherwise those of the own rank. Needs ``negatives="all"``.
         backend: ``"cpu"`` or ``"reference"``; default: the environment variable AMN_KERNELS_BACKEND, else the best
             one that can do what is asked.
-        chunk_bytes: Scratch memory of the compiled backend for similarities, in bytes; default 8 MiB. At least 64 keys
-            for a chunk of 1,024 rows are taken. It never changes the result beyond rounding.
+        chunk_bytes: Scratch memory of the compiled backend for similarities, in bytes; default 8 MiB, and 64 MiB for
+            ``direction="both"``, which computes similarities twice if they don't fit. Taken are at least 64 keys for a
+            chunk of 1,024 rows, and with both directions, ``positives="ids"`` or a gradient for keys at least all keys
+            for 64 rows. It never changes the result beyond rounding.
         check_finite: Raise on NaN or Inf in a row that counts, instead of returning a NaN loss. Synchronises.
 
     Raises:
         ValueError: A value is outside what is stated above; the message names the option and what was got.
-        NotImplementedError: An option that this version does not have yet.
     """
 
     mse: float = 1.0
@@ -107,16 +116,16 @@ class LossOptions:
         for option, choices in _CHOICES.items():
             if getattr(self, option) not in choices:
                 raise ValueError(f"{option} must be one of {', '.join(choices)}, got {getattr(self, option)!r}")
-        if self.learnable_temperature and "infonce" not in (*self.enabled, *self.monitor):
-            raise ValueError("learnable_temperature=True needs the infonce term, which is off (weight 0)")
         for option in ("update_every", "chunk_bytes"):
             value = getattr(self, option)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{option} must be a whole number >= 1, got {value!r}")
         if self.variance_target is not None and not _number("variance_target", self.variance_target) > 0:
             raise ValueError(f"variance_target must be > 0 or None, got {self.variance_target}")
+        if not (callable(self.weighting) or self.weighting in ("fixed", "value", "gradient")):
+            raise ValueError(f"weighting must be fixed, value, gradient or a callable, got {self.weighting!r}")
         self._check_term_names()
-        self._check_available()
+        self._check_infonce()
         terms = tuple(term for term in TERMS if term in self.enabled or term in self.monitor)
         object.__setattr__(self, "terms", terms)
         object.__setattr__(self, "lambdas", tuple(float(getattr(self, term)) for term in terms))
@@ -133,15 +142,28 @@ class LossOptions:
         if self.anchor is not None and self.anchor not in self.enabled:
             raise ValueError(f"anchor must be one of the terms that are on, {self.enabled}, got {self.anchor!r}")
 
-    def _check_available(self):
-        if not (callable(self.weighting) or self.weighting in ("fixed", "value", "gradient")):
-            raise ValueError(f"weighting must be fixed, value, gradient or a callable, got {self.weighting!r}")
-        if self.false_negative_margin is not None:
-            raise NotImplementedError(f"false_negative_margin {_NOT_YET}")
-        if self.positives != "diagonal":
-            raise NotImplementedError(f"positives={self.positives!r} {_NOT_YET}; use positives='diagonal'")
-        if self.process_group is not None or self.gather_negatives:
-            raise NotImplementedError(f"process_group / gather_negatives {_NOT_YET}")
+    def _check_infonce(self):
+        margin = self.false_negative_margin
+        if margin is not None and not (math.isfinite(_number("false_negative_margin", margin)) and margin > 0):
+            raise ValueError(f"false_negative_margin must be finite and > 0, or None, got {margin}")
+        group = self.process_group
+        if group is not None and not isinstance(group, getattr(torch.distributed, "ProcessGroup", ())):
+            raise ValueError(f"process_group must be a group of torch.distributed or None, got {group!r}")
+        if self.gather_negatives not in (True, False):
+            raise ValueError(f"gather_negatives must be True or False, got {self.gather_negatives!r}")
+        if self.gather_negatives and self.negatives != "all":
+            raise ValueError(f"gather_negatives=True needs negatives='all', got negatives={self.negatives!r}")
+        if "infonce" in (*self.enabled, *self.monitor):
+            return
+        used = {
+            "learnable_temperature=True": self.learnable_temperature,
+            "positives='ids'": self.positives == "ids",
+            "false_negative_margin": margin is not None,
+            "gather_negatives=True": self.gather_negatives,
+        }
+        for option, is_on in used.items():
+            if is_on:
+                raise ValueError(f"{option} needs the infonce term, which is off (weight 0)")
 
     @property
     def default_anchor(self) -> str:

@@ -21,6 +21,8 @@ def term_gradients(
     ids: Tensor | None = None,  # [G, M]
     extra_negatives: Tensor | None = None,  # [K, D]
     both_directions: bool = False,
+    positives_by_id: bool = False,
+    false_negative_margin: float | None = None,
     gamma: float | None = None,
 ) -> Tensor:  # [m, G M, D]
     """Gradient with respect to pred of each term; arguments as in `amn_kernels.reference.terms`."""
@@ -36,6 +38,8 @@ def term_gradients(
             ids=ids,
             extra_negatives=extra_negatives,
             both_directions=both_directions,
+            positives_by_id=positives_by_id,
+            false_negative_margin=false_negative_margin,
         ).flatten(0, 1),
         "moment": lambda: moment(p, t, valid),
         "variance": lambda: variance(p, t, valid, gamma),
@@ -74,23 +78,35 @@ def infonce(
     ids: Tensor | None = None,
     extra_negatives: Tensor | None = None,
     both_directions: bool = False,
+    positives_by_id: bool = False,
+    false_negative_margin: float | None = None,
 ) -> Tensor:  # [G, M, D]
-    """``1/(nτ|p|) (o - (p.o)/|p|² p)`` with ``o = Σ_{j≠i} w_ij k_j/|k_j| - (Σ_{j≠i} w_ij) t/|t|``.
+    """``1/(nτ|p|) (o - (p.o)/|p|² p)`` with ``o = Σ_{j≠i} v_ij k_j/|k_j| - (Σ_{j≠i} v_ij) t/|t|``.
 
-    w are the softmax weights; in both directions the mean of those of the rows and of the columns.
+    v are the softmax weights, less 1/|P(i)| at the positives; in both directions the mean of those of the rows and of
+    the columns.
     """
     rows = pred.shape[1]
     p, keys = terms.normalize(pred), terms.normalize(target)
     both = (_inverse_norm(pred) > 0) & (_inverse_norm(target) > 0)  # [G, M, 1]: the other rows send no gradient
-    logits = terms.infonce_logits(pred, target, mask, temperature, ids=ids, extra_negatives=extra_negatives)
+    valid, positive = terms.key_sets(
+        target,
+        mask,
+        ids=ids,
+        extra_negatives=extra_negatives,
+        positives_by_id=positives_by_id,
+        false_negative_margin=false_negative_margin,
+    )
+    logits = terms.infonce_logits(pred, target, valid, temperature, extra_negatives=extra_negatives)
     own = torch.eye(*logits.shape[1:], dtype=torch.bool, device=logits.device)
-    by_row = torch.softmax(logits, dim=2).masked_fill(own, 0) * both  # [G, M, M + K]
+    wanted = positive.to(p.dtype) / positive.sum(dim=2, keepdim=True)
+    by_row = (torch.softmax(logits, dim=2) - wanted).masked_fill(own, 0) * both  # [G, M, M + K]
     to_positive = by_row.sum(dim=2, keepdim=True)
     if both_directions:
         square = own[:, :rows]
-        pairs = terms.valid_pairs(mask, ids)
-        by_column = torch.softmax(logits[..., :rows].masked_fill(~pairs, -torch.inf), dim=1).masked_fill(square, 0)
-        by_column = by_column * both.mT
+        # Pairs of one id are as many seen from either side.
+        by_column = torch.softmax(logits[..., :rows], dim=1) - wanted[..., :rows]
+        by_column = by_column.masked_fill(square, 0) * both.mT
         to_positive = (to_positive + by_column.sum(dim=1).unsqueeze(-1)) / 2
         by_row = torch.cat([by_row[..., :rows] + by_column, by_row[..., rows:]], dim=2) / 2
     o = by_row[..., :rows] @ keys - to_positive * keys

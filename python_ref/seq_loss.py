@@ -48,7 +48,7 @@ def term_outputs(
         temperature: τ as a 0-dim tensor where it is learned; default ``options.temperature``.
         mask: Rows that count; default all.
         extra_negatives: Further keys for InfoNCE.
-        ids: Rows with an equal id are not each other's negatives.
+        ids: Rows with an equal id are not each other's negatives, or else positives, as the options say.
     """
     dtype = compute_dtype(pred, target)
     temperature = options.temperature if temperature is None else temperature
@@ -63,6 +63,8 @@ def term_outputs(
         "ids": None if ids is None else to_groups(ids, options.negatives, mask.dim()),
         "extra_negatives": None if extra_negatives is None else extra_negatives.to(dtype),
         "both_directions": options.direction == "both",
+        "positives_by_id": options.positives == "ids",
+        "false_negative_margin": options.false_negative_margin,
     }
     top1 = chance = None
     values = []

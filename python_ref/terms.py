@@ -45,56 +45,94 @@ def infonce(
     mask: Tensor,  # [G, M] bool; rows that are False are neither queries nor keys
     temperature: Tensor | float,
     *,
-    ids: Tensor | None = None,  # [G, M]; rows of one group with one id are not each other's negatives
+    ids: Tensor | None = None,  # [G, M]
     extra_negatives: Tensor | None = None,  # [K, D] further keys for every row, positives of none
     both_directions: bool = False,
+    positives_by_id: bool = False,
+    false_negative_margin: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [], [G, M] bool, [G, M]
-    """InfoNCE: ``1/n Σ_i (logsumexp_j s_ij - s_ii)`` with ``s_ij = cos(p_i, k_j) / τ`` over the valid keys j.
+    """InfoNCE: ``1/n Σ_i (logsumexp_j s_ij - mean_{j in P(i)} s_ij)`` with ``s_ij = cos(p_i, k_j) / τ``, keys j valid.
 
-    Source: van den Oord et al. 2018 (arXiv:1807.03748), eq. 4; both directions as in CLIP, Radford et al. 2021
-    (arXiv:2103.00020), fig. 3: the mean of the softmax over keys and of the softmax over queries, where
-    extra_negatives take part in the first only. A row whose pred or target counts as zero has a value but sends no
-    gradient.
+    Source: van den Oord et al. 2018 (arXiv:1807.03748), eq. 4, where P(i) is the own target alone; with several
+    positives, the L_out of SupCon, Khosla et al. 2020 (arXiv:2004.11362), eq. 2. Both directions as in CLIP, Radford et
+    al. 2021 (arXiv:2103.00020), fig. 3: the mean of the softmax over keys and of the softmax over queries, where
+    extra_negatives take part in the first only. Which keys are valid and which are positives: `key_sets`. A row whose
+    pred or target counts as zero has a value but sends no gradient.
 
     Returns:
-        The value; per row, whether the own target has the highest similarity of all valid keys (a tie, to within
-        `TIE`, is a miss); and per row the chance level of the value, ``ln(number of valid keys)``, in pred's dtype.
+        The value; per row, whether a positive has the highest similarity of all valid keys (a tie, to within `TIE`, is
+        a miss); and per row the chance level of the value, ``ln(number of valid keys)``, in pred's dtype.
     """
-    logits = infonce_logits(pred, target, mask, temperature, ids=ids, extra_negatives=extra_negatives)
-    own = cosine_similarity(pred, target) / temperature  # [G, M]
-    row_loss = torch.logsumexp(logits, dim=2) - own
+    valid, positive = key_sets(
+        target,
+        mask,
+        ids=ids,
+        extra_negatives=extra_negatives,
+        positives_by_id=positives_by_id,
+        false_negative_margin=false_negative_margin,
+    )
+    logits = infonce_logits(pred, target, valid, temperature, extra_negatives=extra_negatives)
+    row_loss = torch.logsumexp(logits, dim=2) - _mean_where(positive, logits, dim=2)
     if both_directions:
-        columns = logits[..., : pred.shape[1]].masked_fill(~valid_pairs(mask, ids), -torch.inf)
-        row_loss = (row_loss + torch.logsumexp(columns, dim=1) - own) / 2
+        columns, of_column = (x[..., : pred.shape[1]] for x in (logits, positive))
+        row_loss = (row_loss + torch.logsumexp(columns, dim=1) - _mean_where(of_column, columns, dim=1)) / 2
     both_nonzero = (_nonzero(pred) & _nonzero(target)).squeeze(-1)
     row_loss = torch.where(both_nonzero, row_loss, row_loss.detach())
     with torch.no_grad():
-        others = logits.masked_fill(_diagonal(logits), -torch.inf)
-        top1 = own - others.amax(dim=2) > TIE * torch.finfo(own.dtype).eps / temperature
-        chance = torch.isneginf(logits).logical_not().sum(dim=2).to(pred.dtype).log()
+        best, rival = (logits.masked_fill(~keys, -torch.inf).amax(dim=2) for keys in (positive, valid & ~positive))
+        top1 = best - rival > TIE * torch.finfo(logits.dtype).eps / temperature
+        chance = valid.sum(dim=2).to(pred.dtype).log()
     return _row_mean(row_loss, mask), top1, chance
 
 
 def infonce_logits(
     pred: Tensor,  # [G, M, D]
     target: Tensor,  # [G, M, D]
-    mask: Tensor,  # [G, M]
+    valid: Tensor,  # [G, M, M + K] bool
     temperature: Tensor | float,
     *,
-    ids: Tensor | None = None,  # [G, M]
     extra_negatives: Tensor | None = None,  # [K, D]
 ) -> Tensor:  # [G, M, M + K]
     """``s_ij = cos(p_i, k_j) / τ`` over targets and extra negatives; -inf where key j does not count for row i."""
-    keys, valid = normalize(target), valid_pairs(mask, ids)
-    if extra_negatives is not None:
-        k = extra_negatives.shape[0]
-        keys = torch.cat([keys, normalize(extra_negatives).expand(pred.shape[0], k, -1)], dim=1)
-        valid = torch.cat([valid, valid.new_ones(*valid.shape[:2], k)], dim=2)
+    keys = _with_extra(normalize(target), extra_negatives)
     logits = (normalize(pred) @ keys.mT / temperature).masked_fill(~valid, -torch.inf)
     # The own logit comes from the row pair itself and not from the matrix product, where it would carry the rounding
     # of another summation order: equal vectors then tie exactly.
     own = cosine_similarity(pred, target) / temperature  # [G, M]
     return torch.where(_diagonal(logits), own.unsqueeze(-1), logits)
+
+
+@torch.no_grad()
+def key_sets(
+    target: Tensor,  # [G, M, D]
+    mask: Tensor,  # [G, M]
+    *,
+    ids: Tensor | None = None,  # [G, M]
+    extra_negatives: Tensor | None = None,  # [K, D]
+    positives_by_id: bool = False,
+    false_negative_margin: float | None = None,
+) -> tuple[Tensor, Tensor]:  # [G, M, M + K] bool, twice
+    """Whether key j counts for row i, and whether it is a positive of it. The own key always is both.
+
+    Masked rows are neither. Rows of one group with one id are positives of each other (``positives_by_id``), or else
+    not each other's negatives. With a margin, a key with ``1 - cos(t_i, k_j) < margin`` that is no positive does not
+    count: GISTEmbed, Solatorio 2024 (arXiv:2402.16829), with the targets as guide.
+    """
+    groups, rows = mask.shape
+    extra = 0 if extra_negatives is None else extra_negatives.shape[0]
+    own = torch.eye(rows, rows + extra, dtype=torch.bool, device=mask.device)
+    counts = torch.cat([mask, mask.new_ones(groups, extra)], dim=1)  # keys
+    valid = mask.unsqueeze(2) & counts.unsqueeze(1)
+    same_id = torch.zeros_like(valid)
+    if ids is not None:
+        same_id[..., :rows] = ids.unsqueeze(2) == ids.unsqueeze(1)
+    positive = own | (same_id & valid) if positives_by_id else own.expand_as(valid)
+    if not positives_by_id:
+        valid = valid & ~same_id
+    if false_negative_margin is not None:
+        similarity = normalize(target) @ _with_extra(normalize(target), extra_negatives).mT
+        valid = valid & ~(1 - similarity < false_negative_margin)
+    return valid | positive, positive
 
 
 def moment(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:  # [N, D], [N, D], [N] -> []
@@ -148,12 +186,14 @@ def column_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # [N, D],
     return mean, sd
 
 
-def valid_pairs(mask: Tensor, ids: Tensor | None) -> Tensor:  # [G, M] -> [G, M, M]
-    """Whether key j counts for row i. The own key always does, so that no row is without a key."""
-    valid = mask.unsqueeze(2) & mask.unsqueeze(1)
-    if ids is not None:
-        valid = valid & (ids.unsqueeze(2) != ids.unsqueeze(1))
-    return valid | torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+def _with_extra(keys: Tensor, extra_negatives: Tensor | None) -> Tensor:  # [G, M, D], [K, D] -> [G, M + K, D]
+    if extra_negatives is None:
+        return keys
+    return torch.cat([keys, normalize(extra_negatives).expand(keys.shape[0], -1, -1)], dim=1)
+
+
+def _mean_where(keep: Tensor, x: Tensor, dim: int) -> Tensor:
+    return torch.where(keep, x, 0).sum(dim=dim) / keep.sum(dim=dim)
 
 
 def _diagonal(logits: Tensor) -> Tensor:  # [G, M, J] -> [M, J] bool

@@ -37,10 +37,21 @@ BAD_OPTIONS = [
     ({"negatives": "none"}, ValueError, ("negatives", "all, step, sequence", "'none'")),
     ({"positives": "all"}, ValueError, ("positives", "diagonal, ids", "'all'")),
     ({"weighting": "uniform"}, ValueError, ("weighting", "'uniform'")),
-    ({"positives": "ids"}, NotImplementedError, ("positives", "'ids'")),
-    ({"false_negative_margin": 0.1}, NotImplementedError, ("false_negative_margin",)),
-    ({"gather_negatives": True}, NotImplementedError, ("gather_negatives",)),
-    ({"process_group": object()}, NotImplementedError, ("process_group",)),
+    ({"positives": "ids"}, ValueError, ("positives='ids'", "infonce")),
+    ({"false_negative_margin": 0.1}, ValueError, ("false_negative_margin", "infonce")),
+    ({"gather_negatives": True}, ValueError, ("gather_negatives", "infonce")),
+    ({"learnable_temperature": True}, ValueError, ("learnable_temperature", "infonce")),
+    *(
+        ({"infonce": 1.0, "false_negative_margin": bad}, ValueError, ("false_negative_margin", str(bad)))
+        for bad in (0.0, -0.1, math.nan, math.inf, "close")
+    ),
+    ({"infonce": 1.0, "gather_negatives": "yes"}, ValueError, ("gather_negatives", "'yes'")),
+    (
+        {"infonce": 1.0, "gather_negatives": True, "negatives": "step"},
+        ValueError,
+        ("gather_negatives", "negatives='all'", "'step'"),
+    ),
+    ({"process_group": 0}, ValueError, ("process_group", "torch.distributed", "0")),
     ({"anchor": "cosine"}, ValueError, ("anchor", "mse", "'cosine'")),  # not on
     ({"anchor": "l2"}, ValueError, ("anchor", "'l2'")),
     ({"monitor": ("l2",)}, ValueError, ("monitor", "'l2'")),
@@ -61,6 +72,11 @@ def test_options(options, error, words):
             call(**options)
         for word in words:
             assert word in str(caught.value)
+
+
+def test_positives_by_id_need_ids():
+    with pytest.raises(ValueError, match=r"positives='ids' needs ids, got None"):
+        functional.seq_loss(ROWS, ROWS, infonce=1.0, positives="ids")
 
 
 INFONCE = {"infonce": 1.0}
@@ -97,6 +113,7 @@ BAD_TENSORS = [
     (ROWS, ROWS, {"extra_negatives": ROWS.int()}, INFONCE, TypeError, ("extra_negatives", "torch.int32")),
     (ROWS, ROWS, {"extra_negatives": ROWS.to("meta")}, INFONCE, ValueError, ("extra_negatives", "cpu", "meta")),
     (ROWS, ROWS, {"extra_negatives": ROWS}, {}, ValueError, ("extra_negatives", "infonce")),
+    (ROWS, ROWS, {"extra_negatives": ROWS[:0]}, INFONCE, ValueError, ("extra_negatives", "at least one row", "[0, 3]")),
     (ROWS, ROWS, {}, {"negatives": "step"}, ValueError, ("negatives", "'step'", "[B, T, D]", "[4, 3]")),
     (ROWS, ROWS, {}, {"negatives": "sequence"}, ValueError, ("negatives", "'sequence'", "[4, 3]")),
     (with_bad(math.nan, 2), ROWS, {}, {"check_finite": True}, ValueError, ("pred", "row 2", "1 such")),

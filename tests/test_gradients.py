@@ -25,7 +25,8 @@ def angles_error(gram, values, pred):
 @pytest.mark.parametrize("with_mask", [False, True])
 @pytest.mark.parametrize("variance_target", [None, 0.4])
 def test_gram_matrix_is_that_of_the_gradients(negatives, direction, with_mask, variance_target):
-    for seed, (with_ids, with_extra) in enumerate(itertools.product((False, True), repeat=2)):
+    cases = itertools.product((None, "diagonal", "ids"), (False, True), (None, 0.6))
+    for seed, (positives, with_extra, margin) in enumerate(cases):
         generator = torch.Generator().manual_seed(seed)
         pred, target = (torch.randn(B, T, D, dtype=torch.float64, generator=generator) for _ in range(2))
         pred[0, 1], target[1, 2] = 0, 0  # zero vectors: no gradient from cosine and infonce
@@ -36,6 +37,8 @@ def test_gram_matrix_is_that_of_the_gradients(negatives, direction, with_mask, v
             negatives=negatives,
             temperature=0.3,
             variance_target=variance_target,
+            positives=positives or "diagonal",
+            false_negative_margin=margin,
             weighting="fixed",
         )
         outputs = term_outputs(
@@ -43,7 +46,7 @@ def test_gram_matrix_is_that_of_the_gradients(negatives, direction, with_mask, v
             target,
             options,
             mask=torch.rand(B, T, generator=generator) > 0.3 if with_mask else None,
-            ids=torch.randint(0, 3, (B, T), generator=generator) if with_ids else None,
+            ids=torch.randint(0, 3, (B, T), generator=generator) if positives else None,
             extra_negatives=torch.randn(K, D, dtype=torch.float64, generator=generator) if with_extra else None,
         )
         assert angles_error(outputs.gram, outputs.values, pred) <= 1e-12
