@@ -39,13 +39,15 @@ $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
-# torch and numpy are needed before the build, which compiles against torch.
+# torch and numpy are needed before the build, which compiles against torch. Of open_clip only a file without
+# dependencies is used; they would pull in torchvision.
 $(VENV)/.dependencies: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel torch numpy ninja
 	$(BIN)/pip install -q -c constraints.txt $$($(BIN)/python -c "import tomllib; \
 	  extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
 	  print(*[item for group in extras.values() for item in group])" | sed "s/>=[^ ]*//g")
+	$(BIN)/pip install -q -c constraints.txt --no-deps open_clip_torch
 	touch $@
 
 clean:

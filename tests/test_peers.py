@@ -1,0 +1,67 @@
+"""The loss equals other libraries' where they define the same thing: values, gradients of pred and of target."""
+
+import pytest
+import torch
+from error_rule import make_rows, relative_error
+
+from amn_kernels import functional
+
+peers = pytest.importorskip("bench.peers", reason="the peers extra and open_clip_torch are not installed")
+
+N, D, TEMPERATURE, MARGIN = 65, 24, 0.1, 0.6
+IDS = torch.arange(N) % 9
+
+
+def hard_negatives():
+    return make_rows(2 * N, D, seed=5)[0]
+
+
+def cases():
+    """Name: (peer, our options, our tensors)."""
+    return {
+        "open_clip ClipLoss": (peers.clip(TEMPERATURE), {"direction": "both"}, {}),
+        "MultipleNegativesRankingLoss": (peers.ranking(TEMPERATURE), {}, {}),
+        "MultipleNegativesRankingLoss, both": (peers.ranking(TEMPERATURE, both=True), {"direction": "both"}, {}),
+        "MultipleNegativesRankingLoss, hard negatives": (
+            peers.ranking(TEMPERATURE, extra_negatives=hard_negatives()),
+            {},
+            {"extra_negatives": hard_negatives()},
+        ),
+        "GISTEmbedLoss": (peers.gist(TEMPERATURE, MARGIN), {"false_negative_margin": MARGIN}, {}),
+        "NTXentLoss": (peers.ntxent(TEMPERATURE), {}, {}),
+        "SupConLoss": (peers.supcon(TEMPERATURE, IDS), {"positives": "ids"}, {"ids": IDS}),
+    }
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", cases())
+def test_equals_peer(name, backend):
+    pred, target = make_rows(N, D, distance=0.8)
+    peer, options, tensors = cases()[name]
+
+    def ours(pred, target):
+        loss, _ = functional.seq_loss(
+            pred,
+            target,
+            mse=0.0,
+            infonce=1.0,
+            temperature=TEMPERATURE,
+            weighting="fixed",
+            backend=backend,
+            **options,
+            **tensors,
+        )
+        return loss
+
+    theirs = peers.gradients(peer, pred, target)
+    for got, wanted in zip(peers.gradients(ours, pred, target), theirs, strict=True):
+        assert relative_error(got, wanted) <= 1e-6  # norm-wise; float32 on both sides
+
+
+def test_the_cases_do_what_they_say():
+    """Margin, hard negatives, second direction and ids each change the value, or equality would show nothing."""
+    pred, target = make_rows(N, D, distance=0.8)
+    plain = peers.ntxent(TEMPERATURE)(pred, target)
+    for name, (peer, options, tensors) in cases().items():
+        if options or tensors:
+            assert abs(peer(pred, target) - plain) > 1e-3, name
