@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 from amn_kernels import functional
 from amn_kernels.audit import audit
 from amn_kernels.module import FusedSeqLoss
+from amn_kernels.queue import NegativeQueue
 from amn_kernels.stats import LossStats
 
-__all__ = ["FusedSeqLoss", "LossStats", "__version__", "audit", "functional"]
+__all__ = ["FusedSeqLoss", "LossStats", "NegativeQueue", "__version__", "audit", "functional"]

@@ -1,0 +1,90 @@
+"""`NegativeQueue`: targets of earlier batches as further negatives."""
+
+import torch
+from torch import Tensor, nn
+
+from amn_kernels.checks import FLOAT_DTYPES
+
+
+class NegativeQueue(nn.Module):
+    """A ring buffer of the last targets, whose rows serve as ``extra_negatives`` of the next batches.
+
+    Sources: the queue of MoCo (He et al. 2020, arXiv:1911.05722) and the memory of XBM (Wang et al. 2020,
+    arXiv:1912.06798). The rows are detached copies in the order they came. They are saved in the state_dict, with the
+    place of the oldest; those are plain numbers on the host, so that nothing waits for the device, and a CUDA graph
+    would repeat one place: push outside of it.
+
+    >>> queue = NegativeQueue(4096, dim=768)
+    >>> loss = criterion(pred, target, extra_negatives=queue.negatives())
+    >>> queue.push(target)
+
+    Args:
+        size: Rows to keep.
+        dim: D, their dimension.
+        dtype: Of the rows.
+    """
+
+    def __init__(self, size: int, dim: int, *, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        for name, value in (("size", size), ("dim", dim)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, got {dtype}")
+        self.register_buffer("rows", torch.zeros(size, dim, dtype=dtype))
+        self._filled = 0
+        self._next = 0
+
+    def __len__(self) -> int:
+        """Rows that are there."""
+        return self._filled
+
+    def negatives(self) -> Tensor | None:  # [K, D]
+        """The rows that are there, as ``extra_negatives`` of the loss; None while there are none."""
+        return self.rows[: self._filled].clone() if self._filled else None
+
+    @torch.no_grad()
+    def push(self, targets: Tensor, mask: Tensor | None = None) -> None:
+        """Take in new rows, which replace the oldest.
+
+        Args:
+            targets: [N, D] or [B, T, D]; of more rows than the queue holds, the last are kept.
+            mask: [N] or [B, T] bool, the rows to take. Selecting them waits for the device.
+
+        Raises:
+            TypeError: targets is not a floating tensor, or mask not a bool one.
+            ValueError: A shape does not fit; the message names it.
+        """
+        size, dim = self.rows.shape
+        if not isinstance(targets, Tensor) or targets.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"targets must be a floating tensor, got {getattr(targets, 'dtype', type(targets).__name__)}"
+            )
+        if targets.dim() not in (2, 3) or targets.shape[-1] != dim:
+            raise ValueError(f"targets must be [N, {dim}] or [B, T, {dim}], got shape {list(targets.shape)}")
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
+                raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+            if mask.shape != targets.shape[:-1]:
+                raise ValueError(
+                    f"mask must have the shape of targets' rows, {list(targets.shape[:-1])}, got {list(mask.shape)}"
+                )
+        new = targets.flatten(0, -2) if mask is None else targets[mask]
+        new = new[-size:]
+        first = min(len(new), size - self._next)  # up to the end of the buffer; the rest starts over
+        self.rows[self._next : self._next + first] = new[:first]
+        self.rows[: len(new) - first] = new[first:]
+        self._next = (self._next + len(new)) % size
+        self._filled = min(size, self._filled + len(new))
+
+    def get_extra_state(self) -> dict[str, int]:
+        """How many rows are there, and the place of the next."""
+        return {"filled": self._filled, "next": self._next}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Undo `get_extra_state`."""
+        self._filled, self._next = state["filled"], state["next"]
+
+    def extra_repr(self) -> str:
+        """Size and contents."""
+        return f"size={len(self.rows)}, dim={self.rows.shape[1]}, filled={self._filled}"

@@ -1,0 +1,113 @@
+"""The ring buffer of negatives against a list that does the same, and its state."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from amn_kernels import FusedSeqLoss, NegativeQueue
+
+D = 3
+
+
+def rows(start, count):
+    return torch.arange(start, start + count, dtype=torch.float32).unsqueeze(1).expand(-1, D)
+
+
+def held(queue):
+    negatives = queue.negatives()
+    return set() if negatives is None else set(negatives[:, 0].tolist())
+
+
+@given(st.integers(1, 9), st.lists(st.integers(0, 20), max_size=8))
+def test_keeps_the_last_rows(size, batches):
+    queue, pushed = NegativeQueue(size, D), 0
+    assert queue.negatives() is None
+    for count in batches:
+        queue.push(rows(pushed, count))
+        pushed += count
+        assert held(queue) == set(range(max(0, pushed - size), pushed))
+        assert len(queue) == min(size, pushed)
+
+
+def test_takes_rows_of_a_grid_under_a_mask():
+    queue = NegativeQueue(10, D)
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    queue.push(rows(0, 6).reshape(2, 3, D), mask)
+    assert held(queue) == {0, 2, 5}
+
+
+def test_state_survives():
+    queue, twin = NegativeQueue(5, D), NegativeQueue(5, D)
+    queue.push(rows(0, 7))
+    twin.load_state_dict(queue.state_dict())
+    for each in (queue, twin):
+        each.push(rows(7, 2))
+    assert held(twin) == held(queue) == {4, 5, 6, 7, 8}
+    empty = NegativeQueue(5, D)
+    twin.load_state_dict(empty.state_dict())
+    assert twin.negatives() is None
+
+
+def test_negatives_are_a_detached_copy():
+    queue = NegativeQueue(4, D)
+    target = torch.randn(2, D, requires_grad=True)
+    queue.push(target)
+    before = queue.negatives()
+    assert not before.requires_grad
+    wanted = before.clone()
+    queue.push(torch.randn(4, D))
+    assert torch.equal(before, wanted)
+
+
+def test_feeds_the_loss():
+    """Two batches with the first one's targets in the queue: as if they were handed over by hand."""
+    torch.manual_seed(0)
+    (first, _), (target, pred) = torch.randn(2, 2, 4, D)
+    queue = NegativeQueue(8, D)
+    queue.push(first)
+    criterion = FusedSeqLoss(infonce=1.0, weighting="fixed")
+    got = criterion(pred, target, extra_negatives=queue.negatives())
+    assert torch.equal(got, criterion(pred, target, extra_negatives=first))
+    assert got > criterion(pred, target)
+
+
+def test_dtype():
+    queue = NegativeQueue(4, D, dtype=torch.bfloat16)
+    queue.push(torch.randn(2, D))
+    assert queue.negatives().dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ((0, 3), ValueError, ("size", "0")),
+        ((4, 2.5), ValueError, ("dim", "2.5")),
+        ((4, True), ValueError, ("dim", "True")),
+    ],
+)
+def test_bad_sizes(arguments, error, words):
+    with pytest.raises(error) as caught:
+        NegativeQueue(*arguments)
+    assert all(word in str(caught.value) for word in words)
+    with pytest.raises(TypeError, match=r"dtype .*int64"):
+        NegativeQueue(4, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("targets", "mask", "error", "words"),
+    [
+        (torch.ones(2, 4), None, ValueError, ("targets", "[N, 3]", "[2, 4]")),
+        (torch.ones(3), None, ValueError, ("targets", "[3]")),
+        (torch.ones(2, 3, dtype=torch.int64), None, TypeError, ("targets", "int64")),
+        ([[1.0] * 3], None, TypeError, ("targets", "list")),
+        (torch.ones(2, 3), torch.ones(3, dtype=torch.bool), ValueError, ("mask", "[2]", "[3]")),
+        (torch.ones(2, 3), torch.ones(2), TypeError, ("mask", "float32")),
+    ],
+)
+def test_bad_rows(targets, mask, error, words):
+    queue = NegativeQueue(4, D)
+    with pytest.raises(error) as caught:
+        queue.push(targets, mask)
+    assert all(word in str(caught.value) for word in words)
+    assert len(queue) == 0
