@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amn_kernels import ops, reference
+from amn_kernels import distributed, ops, reference
 from amn_kernels.options import LossOptions
 from amn_kernels.stats import TermOutputs
 
@@ -58,11 +58,17 @@ def _cpu_unsupported(call: Call) -> str | None:
         return f"pred is on {call.pred.device}"
     if _is_transformed():
         return "torch.func transforms and forward-mode derivatives are not fused"
+    if call.options.over_ranks:
+        return distributed.why_unsupported(call.pred)
     return None
 
 
 def _cpu_run(call: Call) -> tuple[Tensor, TermOutputs]:
-    return ops.seq_loss(*call)
+    return distributed.seq_loss(call) if call.options.over_ranks else ops.seq_loss(*call)
+
+
+def _reference_unsupported(call: Call) -> str | None:
+    return "it does not work over ranks" if call.options.over_ranks else None
 
 
 def _reference_run(call: Call) -> tuple[Tensor, TermOutputs]:
@@ -82,7 +88,9 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cpu", "C++, fused, vectorised, threaded", ops.why_unavailable, _cpu_unsupported, _cpu_run),
-        Backend("reference", "plain PyTorch, any device, any option", lambda: None, lambda call: None, _reference_run),
+        Backend(
+            "reference", "plain PyTorch, any device, any option", lambda: None, _reference_unsupported, _reference_run
+        ),
     )
 }
 """All backends by name, best first."""
@@ -106,7 +114,7 @@ def requested(name: str | None) -> str | None:
 
 
 def choose(call: Call, name: str | None) -> Backend:
-    """The backend that serves this call: the one `requested`, or the best; ValueError if the former can't."""
+    """The backend that serves this call: the one `requested`, or the best; ValueError if it can't."""
     if name is not None:
         if reason := BACKENDS[name].why_unsupported(call):
             raise ValueError(f"backend={name!r} can't serve this call: {reason}")
@@ -114,7 +122,10 @@ def choose(call: Call, name: str | None) -> Backend:
     for backend in BACKENDS.values():
         if not backend.why_unavailable() and not backend.why_unsupported(call):
             return backend
-    raise AssertionError("the reference backend serves every call")
+    reasons = [
+        f"{backend.name}: {backend.why_unavailable() or backend.why_unsupported(call)}" for backend in BACKENDS.values()
+    ]
+    raise ValueError(f"process_group / gather_negatives can't be served ({'; '.join(reasons)})")
 
 
 def info() -> str:

@@ -166,6 +166,11 @@ class LossOptions:
                 raise ValueError(f"{option} needs the infonce term, which is off (weight 0)")
 
     @property
+    def over_ranks(self) -> bool:
+        """Whether the rows of several processes are one batch."""
+        return self.process_group is not None or self.gather_negatives
+
+    @property
     def default_anchor(self) -> str:
         """The anchor where none is named: mse if it is on, else the first term that is on."""
         return "mse" if "mse" in self.enabled else self.enabled[0]

@@ -1,0 +1,155 @@
+"""The loss of one batch whose rows are spread over the ranks of a torch.distributed group.
+
+Keys go round in a ring: every rank sends the block it has to the next one while it works on it, so that a rank holds
+two blocks of keys at a time and never all of them. What is gathered for a block, column sums and the gradient of its
+targets, travels with it and comes home after the last step. The backward needs no communication.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from amn_kernels import algorithm, ops
+from amn_kernels.algorithm import Exchange, Keys
+from amn_kernels.primitives import CompiledPrimitives
+from amn_kernels.stats import TermOutputs
+
+_TENSORS = ("pred", "target", "extra_negatives", "temperature")
+
+
+def why_unsupported(pred: Tensor) -> str | None:
+    """Why the ranks can't compute a loss together, or None if they can."""
+    if not dist.is_available() or not dist.is_initialized():
+        return "torch.distributed is not initialised (init_process_group)"
+    if pred.device.type != "cpu":
+        return f"there are no primitives for a batch over ranks on {pred.device.type} yet"
+    return ops.why_unavailable()
+
+
+class Group(Exchange):
+    """The ranks of a process group; with ``ring`` they see each other's keys."""
+
+    def __init__(self, group: dist.ProcessGroup | None, ring: bool, rows: int, device: torch.device):
+        self.group = dist.group.WORLD if group is None else group
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.ring = ring and self.size > 1
+        self.counts = [rows] * self.size
+        if self.ring:  # every rank must know how many keys to expect
+            counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.size)]
+            dist.all_gather(counts, torch.tensor([rows], device=device), group=self.group)
+            self.counts = [int(count) for count in counts]
+
+    def sum(self, x: Tensor) -> Tensor:  # noqa: D102
+        x = x.clone()
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def merge_moments(self, moments: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """By the formula of Chan, Golub & LeVeque 1983, rank after rank, the same on each."""
+        mine = torch.cat([moments.flatten(), count])
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine, group=self.group)
+        moments, count = torch.zeros_like(moments), torch.zeros_like(count)
+        for part in parts:
+            more, rows = part[:-1].view_as(moments), part[-1:]
+            share = torch.where(rows > 0, rows / (count + rows), 0)
+            delta = more[:5] - moments[:5]
+            pairs = torch.stack([delta[a] * delta[b] for a, b in ((0, 0), (1, 1), (2, 2), (2, 0), (3, 3), (4, 4))])
+            moments[5:] += more[5:] + pairs * count * share
+            moments[:5] += delta * share
+            count += rows
+        return moments, count
+
+    def blocks(self, own: Keys, further: list[Keys]) -> Iterator[Keys]:  # noqa: D102
+        yield from further
+        if not self.ring:
+            yield own
+            return
+        block = own
+        gathers = [name for name in ("sums", "attention") if getattr(own, name) is not None]
+        for step in range(1, self.size + 1):
+            size = self.counts[(self.rank - step) % self.size]
+            # While the rows of this rank see the block, its keys are on their way to the next rank already; after the
+            # last step only what was gathered for a block goes on, to the rank it belongs to.
+            moves, arriving = self._start(block, ["keys", "scale", "ids", "cols"] if step < self.size else [], size)
+            yield block
+            more_moves, gathered = self._start(block, gathers, size)
+            for work in (*moves, *more_moves):
+                work.wait()
+            if step < self.size:
+                block = Keys(**arriving, **gathered)
+        for name, x in gathered.items():
+            getattr(own, name).copy_(x)
+
+    def _start(self, block: Keys, names: list[str], size: int) -> tuple[list[dist.Work], dict[str, Tensor]]:
+        """Send tensors of a block to the next rank, and receive those of a block of `size` keys from the one before."""
+        following, previous = (dist.get_global_rank(self.group, (self.rank + step) % self.size) for step in (1, -1))
+        received, moves = {}, []
+        for name in names:
+            x = getattr(block, name)
+            if x is None:
+                continue
+            shape = (len(x), size) if name in ("sums", "cols") else (size, *x.shape[1:])
+            received[name] = x.new_empty(shape)
+            moves.append(dist.P2POp(dist.isend, x.contiguous(), following, self.group))
+            moves.append(dist.P2POp(dist.irecv, received[name], previous, self.group))
+        return (dist.batch_isend_irecv(moves) if moves else []), received
+
+
+class _SeqLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, group, options, mask, ids, pred, target, extra_negatives, temperature):
+        ctx.prim = CompiledPrimitives()
+        ctx.needs = frozenset(name for name, need in zip(_TENSORS, ctx.needs_input_grad[4:], strict=True) if need)
+        values, gram, metrics, ctx.saved = algorithm.forward(
+            ctx.prim,
+            group,
+            options,
+            pred,
+            target,
+            temperature=temperature,
+            mask=mask,
+            extra_negatives=extra_negatives,
+            ids=ids,
+            needs=ctx.needs,
+        )
+        ctx.ranks = group.size
+        ctx.save_for_backward(pred, target, extra_negatives)
+        gram = values.new_empty(0, 0) if gram is None else gram
+        ctx.mark_non_differentiable(gram, metrics)
+        return values, gram, metrics
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_values, *_):
+        pred, target, extra_negatives = ctx.saved_tensors
+        gradients = algorithm.backward(
+            ctx.prim,
+            ctx.saved,
+            grad_values * ctx.ranks,
+            pred,
+            target,
+            extra_negatives=extra_negatives,
+            needs=ctx.needs,
+        )
+        return None, None, None, None, *(gradients.get(name) for name in _TENSORS)
+
+
+def seq_loss(call) -> tuple[Tensor, TermOutputs]:
+    """Loss and outputs of the batch of all ranks, for a `backends.Call` with the rows of this one.
+
+    Every rank of ``options.process_group`` must call it, with its own number of rows. Loss, values, Gram matrix and
+    metrics are those of the rows of all ranks as one batch, the same on every rank. Gradients are those of the loss
+    times the number of ranks, so that the mean over ranks that DistributedDataParallel takes is the gradient of the
+    loss. Extra negatives are keys for the rows of their own rank. A rank that fails gives the others an error of
+    torch.distributed, within the timeout of the group.
+    """
+    options, rows = call.options, call.pred.shape[:-1].numel()
+    group = Group(options.process_group, options.gather_negatives, rows, call.pred.device)
+    values, gram, metrics = _SeqLoss.apply(
+        group, options, call.mask, call.ids, call.pred, call.target, call.extra_negatives, call.temperature
+    )
+    outputs = TermOutputs(values, gram if gram.numel() else None, metrics)
+    return torch.dot(values, call.weights), outputs

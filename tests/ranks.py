@@ -1,0 +1,167 @@
+"""Run by torchrun from test_distributed.py: every rank checks its part against one process with all rows."""
+
+import datetime
+import itertools
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from error_rule import make_rows, relative_error
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from amn_kernels import FusedSeqLoss
+
+TERMS = {"mse": 1.0, "cosine": 0.5, "infonce": 0.7, "moment": 0.4, "variance": 0.3}
+
+
+TIMEOUT = 20  # seconds
+
+
+def parts(x, sizes):
+    """The rows of every rank: uneven numbers of them."""
+    return None if x is None else x.split(sizes)
+
+
+def cases():
+    """(options, which tensors to give, dtype): every choice that changes what travels round the ring."""
+    for direction, positives, margin, gradients in itertools.product(
+        ("pred_to_target", "both"), (None, "diagonal", "ids"), (None, 0.6), (("pred",), ("pred", "target"))
+    ):
+        yield (
+            {"direction": direction, "positives": positives or "diagonal", "false_negative_margin": margin},
+            {"ids": positives is not None, "mask": margin is not None, "gradients": gradients},
+            torch.float64,
+        )
+    yield {"learnable_temperature": True}, {"gradients": ("pred", "target")}, torch.float64
+    yield {"chunk_bytes": 1}, {"gradients": ("pred",)}, torch.float64
+    for weighting in ("fixed", "value", "gradient"):
+        yield {"weighting": weighting, "direction": "both"}, {"gradients": ("pred", "target")}, torch.float32
+    yield {}, {"gradients": ("pred", "target")}, torch.bfloat16
+    yield {}, {"gradients": ()}, torch.float32
+    yield {"infonce": 0.0, "monitor": ("infonce",)}, {"gradients": ("pred",)}, torch.float32
+
+
+def check(rank, sizes, options, given, dtype):
+    n, dim = sum(sizes), 12
+    pred, target = make_rows(n, dim, dtype=dtype, distance=0.7)
+    pred[2], target[4] = 0, 0
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 6, (n,), generator=generator) if given.get("ids") else None
+    mask = torch.rand(n, generator=generator) > 0.3 if given.get("mask") else None
+    if mask is not None:
+        mask[: sizes[0]] = False  # a rank without a row that counts
+        pred[~mask] = torch.nan
+    options = {"weighting": "fixed", "temperature": 0.3, **TERMS, **options}
+
+    def run(criterion, pred, target, mask, ids, steps):
+        leaves = {"pred": pred, "target": target}
+        leaves = {name: x.detach().requires_grad_(name in given["gradients"]) for name, x in leaves.items()}
+        for _ in range(steps):
+            loss = criterion(leaves["pred"], leaves["target"], mask=mask, ids=ids)
+        wanted = [leaves[name] for name in given["gradients"]]
+        if criterion.options.learnable_temperature:
+            wanted.append(criterion.log_temperature)
+        return loss, torch.autograd.grad(loss, wanted) if wanted else (), criterion.stats
+
+    alone = FusedSeqLoss(**options)
+    together = FusedSeqLoss(**options, gather_negatives=True, process_group=dist.group.WORLD)
+    rows = [parts(x, sizes)[rank] if x is not None else None for x in (pred, target, mask, ids)]
+    wanted_loss, wanted_gradients, wanted = run(alone, pred, target, mask, ids, steps=3)
+    loss, gradients, stats = run(together, *rows, steps=3)
+    half = dtype in (torch.bfloat16, torch.float16)
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-6
+    own = torch.finfo(dtype).eps if half else 0
+    assert relative_error(loss, wanted_loss) <= tolerance
+    names = [*given["gradients"], "temperature"]
+    for name, got, whole in zip(names, gradients, wanted_gradients, strict=False):
+        if name == "temperature":
+            got = got.clone()
+            dist.all_reduce(got)
+            assert relative_error(got / len(sizes), whole) <= 1e-5
+            continue
+        part = parts(whole, sizes)[rank] * len(sizes)
+        scale = whole.double().norm() * len(sizes)
+        assert (got.double() - part.double()).norm() <= (tolerance + own) * scale, name
+    assert relative_error(stats.weights, wanted.weights) <= 10 * tolerance
+    assert relative_error(stats.metrics, wanted.metrics) <= tolerance
+    assert (stats.gram is None) == (wanted.gram is None)
+    if stats.gram is not None:
+        norms = wanted.gram.diagonal().sqrt()
+        error = (stats.gram - wanted.gram).abs() / (norms.unsqueeze(1) * norms).clamp(min=1e-30)
+        assert error.max() <= 10 * tolerance
+    if options["weighting"] == "gradient":
+        assert torch.equal(together.weighting.updates, alone.weighting.updates)
+
+
+def local_keys(rank, sizes):
+    """process_group without gather_negatives: the mean over all rows of losses against the keys of the own rank."""
+    pred, target = make_rows(sum(sizes), 12, dtype=torch.float64)
+    options = {"mse": 0.0, "infonce": 1.0, "weighting": "fixed", "direction": "both"}
+    own = [parts(x, sizes)[rank].requires_grad_() for x in (pred, target)]
+    loss = FusedSeqLoss(**options, process_group=dist.group.WORLD)(*own)
+    gradients = torch.autograd.grad(loss, own)
+    alone = FusedSeqLoss(**options)
+    losses = [alone(p, t) for p, t in zip(*(parts(x, sizes) for x in (pred, target)), strict=True)]
+    wanted = sum(size * x for size, x in zip(sizes, losses, strict=True)) / sum(sizes)
+    assert relative_error(loss, wanted) <= 1e-12
+    twin = [x.detach().requires_grad_() for x in own]
+    for got, local in zip(gradients, torch.autograd.grad(alone(*twin), twin), strict=True):
+        assert relative_error(got, local * sizes[rank] / sum(sizes) * len(sizes)) <= 1e-12
+
+
+def data_parallel(rank, sizes):
+    """Under DistributedDataParallel the parameters' gradients are those of one process with all rows."""
+    torch.manual_seed(0)
+    model = nn.Linear(12, 12).double()
+    context, target = make_rows(sum(sizes), 12, dtype=torch.float64)
+    options = {**TERMS, "direction": "both"}
+    FusedSeqLoss(**options)(model(context), target).backward()
+    wanted = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    wrapped = DistributedDataParallel(model)
+    criterion = FusedSeqLoss(**options, gather_negatives=True)
+    criterion(wrapped(parts(context, sizes)[rank]), parts(target, sizes)[rank]).backward()
+    for parameter, gradient in zip(model.parameters(), wanted, strict=True):
+        assert relative_error(parameter.grad, gradient) <= 1e-11
+
+
+def killed(rank):
+    """A rank dies in the middle: the others get an error of torch.distributed, within the timeout of the group."""
+    pred, target = make_rows(5, 12)
+    criterion = FusedSeqLoss(infonce=1.0, weighting="fixed", gather_negatives=True)
+    criterion(pred, target)
+    if rank == 1:
+        os._exit(0)  # torchrun would end the others by itself if the exit code said that something failed
+    begin = time.monotonic()
+    try:
+        criterion(pred, target)
+    except (RuntimeError, dist.DistError) as error:
+        assert time.monotonic() - begin < 2 * TIMEOUT
+        print(f"rank {rank} got {type(error).__name__}", flush=True)
+        os._exit(0)
+    raise AssertionError("no error although a rank is gone")
+
+
+def main():
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT))
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    sizes = [9, 5, 12, 7][:ranks]
+    if "killed" in sys.argv:
+        killed(rank)
+    count = 0
+    for options, given, dtype in cases():
+        check(rank, sizes, options, given, dtype)
+        count += 1
+    local_keys(rank, sizes)
+    data_parallel(rank, sizes)
+    if rank == 0:
+        print(f"{count} cases")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
