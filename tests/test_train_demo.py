@@ -27,7 +27,8 @@ def same_threads():
 
 
 def evaluation(cosines: dict[str, float]) -> Evaluation:
-    return Evaluation("set", 100, {name: {"cosine": cosine, "hit@10": 0.2} for name, cosine in cosines.items()})
+    metrics = {name: {"cosine": cosine, "hit@10": 0.2} for name, cosine in cosines.items()}
+    return Evaluation("set", windows=100, clusters=10, metrics=metrics, intervals={}, collapse={})
 
 
 def words(mse_only: float, fixed: float, grad_norm: float, gradient: float = 0.54) -> str:

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from amn_kernels.data import Windows
+from amn_kernels.train.collapse import TrainSubspace
 
 # Maps contexts [B, T, D] to predictions [B, D]; a model in eval mode is one too.
 Predictor = Callable[[Tensor], Tensor]
@@ -28,9 +30,11 @@ def copy_last(context: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Baselines:
-    """The untrained predictors; `train_mean` [D] and the mix's two coefficients come from the training windows."""
+    """The untrained predictors; `train_mean` [D], the mix's two coefficients and the subspace that evaluations look for
+    predictions in come from the training windows."""
 
     train_mean: Tensor
+    train_subspace: TrainSubspace
     mean_coefficient: float
     last_coefficient: float
 
@@ -49,16 +53,19 @@ class Baselines:
 
 
 def fit_baselines(windows: Windows, rows: np.ndarray) -> Baselines:
-    """Fits the training mean and, by least squares, a and b of a * mean + b * last to the targets of windows `rows`."""
+    """Fits training mean and subspace and, by least squares, a * mean + b * last to the targets of windows `rows`."""
     normal = torch.zeros(2, 2, dtype=torch.float64)
     moment = torch.zeros(2, dtype=torch.float64)
     total = torch.zeros(windows.dim, dtype=torch.float64)
+    directions = torch.zeros(windows.dim, windows.dim, dtype=torch.float64)
     for start in range(0, len(rows), FIT_ROWS):
         context, target = (tensor.double() for tensor in windows.batch(rows[start : start + FIT_ROWS]))
         inputs = torch.stack([mean_of_context(context).flatten(), copy_last(context).flatten()])  # [2, B * D]
         normal += inputs @ inputs.T
         moment += inputs @ target.flatten()
         total += target.sum(dim=0)
+        units = F.normalize(target, dim=1)
+        directions += units.T @ units
     # The pseudoinverse because with one context vector mean and last are the same and the fit isn't unique.
     a, b = (torch.linalg.pinv(normal, hermitian=True) @ moment).tolist()
-    return Baselines(train_mean=(total / len(rows)).float(), mean_coefficient=a, last_coefficient=b)
+    return Baselines((total / len(rows)).float(), TrainSubspace(directions), mean_coefficient=a, last_coefficient=b)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,18 +13,37 @@ from rich.console import Console
 from rich.table import Table
 
 from amn_kernels.data import Windows, load_windows, split_windows
-from amn_kernels.train.baselines import Baselines, Predictor, fit_baselines
+from amn_kernels.train.baselines import LAST, MEAN, TRAIN_MEAN, Baselines, Predictor, fit_baselines
+from amn_kernels.train.bootstrap import Bootstrap, cluster_numbers
+from amn_kernels.train.collapse import CollapseCheck, CollapsePanel
 from amn_kernels.train.metrics import HITS, RetrievalTask
 from amn_kernels.train.runs import load_run, write_atomically
+
+# Metric -> the untrained predictor whose distance 1 - cosine it is relative to.
+SKILLS = {"skill_mean": MEAN, "skill_last": LAST, "skill_train_mean": TRAIN_MEAN}
+REORDER_SEED = 0
+# Below this a mean distance is rounding.
+MIN_DISTANCE = 1e-12
+
+Interval = tuple[float, float] | None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of one set of windows: predictor name -> metric name -> value, as RetrievalTask.evaluate names them."""
+    """Figures of one set of windows, by predictor's name.
+
+    metrics: the means of `RetrievalTask.measure`, and `skill_mean`, `skill_last` and `skill_train_mean`: the part of an
+    untrained predictor's mean distance 1 - cosine that this one removes, 1 - (1 - c) / (1 - c_untrained) (Murphy 1988);
+    0 is level with it and below 0 worse. intervals: 95% of each by bootstrap over the `clusters` articles (blocks of
+    windows where articles aren't known), None if there is only one. collapse: the collapse panel.
+    """
 
     name: str
     windows: int
+    clusters: int
     metrics: dict[str, dict[str, float]]
+    intervals: dict[str, dict[str, Interval]]
+    collapse: dict[str, CollapsePanel]
 
 
 def evaluate_run(
@@ -52,22 +72,59 @@ def compare(
 ) -> tuple[Baselines, list[Evaluation]]:
     """Evaluates models (in eval mode) and baselines on a split, and on all windows of `ood` if there is one.
 
-    The baselines are fitted on the training windows, out of distribution too.
+    The baselines, and the subspace of the training text, are fitted on the training windows, out of distribution too.
     """
     parts = split_windows(windows)
     baselines = fit_baselines(windows, parts.train)
-    predictors = models | baselines.predictors()
     rows = parts.validation if split == "validation" else parts.test
-    evaluations = [_evaluate(f"{windows.name}, {split}", RetrievalTask(windows, rows), predictors)]
+    sets = [(f"{windows.name}, {split}", RetrievalTask(windows, rows))]
     if ood is not None:
-        task = RetrievalTask(ood, np.arange(len(ood)))
-        evaluations.append(_evaluate(f"{ood.name}, out of distribution", task, predictors))
-    return baselines, evaluations
+        sets.append((f"{ood.name}, out of distribution", RetrievalTask(ood, np.arange(len(ood)))))
+    return baselines, [evaluate_set(name, task, models, baselines) for name, task in sets]
 
 
-def _evaluate(name: str, task: RetrievalTask, predictors: dict[str, Predictor]) -> Evaluation:
-    metrics = {predictor: task.evaluate(function) for predictor, function in predictors.items()}
-    return Evaluation(name, len(task.rows), metrics)
+def evaluate_set(name: str, task: RetrievalTask, models: dict[str, Predictor], baselines: Baselines) -> Evaluation:
+    """Evaluates models (in eval mode) and baselines on the windows of `task`."""
+    clusters = cluster_numbers(task.windows, task.rows)
+    bootstrap = Bootstrap(clusters)
+    predictors = models | baselines.predictors()
+    preds = {predictor: task.predict(function) for predictor, function in predictors.items()}
+    measured = {
+        predictor: {metric: values.numpy() for metric, values in task.measure(pred).items()}
+        for predictor, pred in preds.items()
+    }
+    means = {
+        predictor: {metric: float(values.mean()) for metric, values in metrics.items()}
+        for predictor, metrics in measured.items()
+    }
+    resampled = {predictor: bootstrap.means(metrics) for predictor, metrics in measured.items()}
+    for predictor in predictors:
+        for skill, untrained in SKILLS.items():
+            for figures in (means, resampled):
+                figures[predictor][skill] = _skill(figures[predictor]["cosine"], figures[untrained]["cosine"])
+    collapse = {}
+    # A single window says nothing about how predictions differ.
+    if len(task.rows) > 1:
+        check = CollapseCheck(task.targets, preds[MEAN], bootstrap.count, baselines.train_subspace)
+        for predictor, function in predictors.items():
+            reordered = task.predict(function, np.random.default_rng(REORDER_SEED))
+            collapse[predictor] = check.panel(preds[predictor], reordered)
+    return Evaluation(
+        name=name,
+        windows=len(task.rows),
+        clusters=bootstrap.count,
+        metrics=means,
+        intervals={
+            predictor: {metric: bootstrap.interval(values) for metric, values in metrics.items()}
+            for predictor, metrics in resampled.items()
+        },
+        collapse=collapse,
+    )
+
+
+def _skill(cosine: float | np.ndarray, untrained: float | np.ndarray) -> float | np.ndarray:
+    # A predictor that is always right leaves nothing to remove.
+    return 1 - (1 - cosine) / np.maximum(1 - untrained, MIN_DISTANCE)
 
 
 def _check_fit(windows: Windows, dim: int, context: int) -> None:
@@ -80,19 +137,21 @@ def _check_fit(windows: Windows, dim: int, context: int) -> None:
 
 def metrics_table(evaluation: Evaluation) -> Table:
     """An empty table for one set of windows, with the predictors' column; narrow enough for 80 characters."""
-    table = Table(
-        title=f"{evaluation.name}: {evaluation.windows:,} windows, as many candidates",
+    return _table(
+        "predictor",
+        title=f"{evaluation.name}: {evaluation.windows:,} windows and candidates, {evaluation.clusters:,} articles",
         title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=0,
     )
-    table.add_column("predictor", no_wrap=True)
+
+
+def _table(first: str, **options) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0, **options)
+    table.add_column(first, no_wrap=True)
     return table
 
 
 def print_evaluations(console: Console, baselines: Baselines, evaluations: list[Evaluation]) -> None:
-    """One table for each set: predictors down, metrics across."""
+    """Three tables for each set, predictors down: accuracy and retrieval, skill with intervals, collapse."""
     columns = [*(f"hit@{k}" for k in HITS), "mrr"]
     for evaluation in evaluations:
         table = metrics_table(evaluation)
@@ -102,16 +161,74 @@ def print_evaluations(console: Console, baselines: Baselines, evaluations: list[
             keys = ("cosine", *columns, *(f"excluded_{column}" for column in columns))
             table.add_row(name, *(f"{metrics[key]:.3f}" for key in keys))
         console.print(table)
+        console.print(_skill_table(evaluation))
+        if evaluation.collapse:
+            console.print(_collapse_table(evaluation))
+            for name, panel in evaluation.collapse.items():
+                if name not in baselines.predictors():
+                    console.print(f"{name}: {panel.verdict}: {panel.words}.")
+            console.print()
     console.print(
         f"mean-last mix: {baselines.mean_coefficient:.3f} * mean of context + {baselines.last_coefficient:.3f} * last, "
-        "least squares on the training windows. excl.: the window's own context vectors aren't candidates."
+        "least squares on the training windows. excl.: the window's own context vectors aren't candidates. "
+        "Ties count against the model; exact copies of the own target neither help nor hinder.\n"
+        "95%: bootstrap over articles. margin: cosine with the target minus that with the last context vector. skill: "
+        "part of the untrained predictor's 1 - cosine that is removed; below 0 is worse than untrained.\n"
+        "spread, rank: of the predictions relative to the targets'; std relative to 1/sqrt(D); order: 1 - cosine when "
+        "the context is reordered; lift: cosine with the own target minus that with others'; subspace: energy in the "
+        "directions that hold 90% of the training targets'."
     )
 
 
+def _skill_table(evaluation: Evaluation) -> Table:
+    table = _table("predictor")
+    for heading in ("cosine 95%", "margin", "skill on\nmean", "95%", "on\nlast", "on train\nmean"):
+        table.add_column(heading, justify="right")
+    for name, metrics in evaluation.metrics.items():
+        intervals = evaluation.intervals[name]
+        table.add_row(
+            name,
+            interval_text(intervals["cosine"]),
+            f"{metrics['margin']:.3f}",
+            f"{metrics['skill_mean']:.3f}",
+            interval_text(intervals["skill_mean"]),
+            f"{metrics['skill_last']:.3f}",
+            f"{metrics['skill_train_mean']:.3f}",
+        )
+    return table
+
+
+def _collapse_table(evaluation: Evaluation) -> Table:
+    table = _table("predictor")
+    for heading in ("spread", "rank", "std", "order", "lift", "sub-\nspace", "verdict"):
+        table.add_column(heading, justify="left" if heading == "verdict" else "right")
+    for name, panel in evaluation.collapse.items():
+        figures = (panel.spread, panel.rank, panel.pred.std, panel.order_sensitivity, panel.lift, panel.subspace)
+        table.add_row(name, *(f"{figure:.3f}" for figure in figures), panel.verdict)
+    # The targets are what the figures above are relative to.
+    panel = next(iter(evaluation.collapse.values()))
+    table.add_row("the targets", "1", "1", f"{panel.target.std:.3f}", "", "", f"{panel.target_subspace:.3f}", "")
+    return table
+
+
+def interval_text(interval: Interval) -> str:
+    """low ... high, or a dash where one cluster gives none."""
+    return "-" if interval is None else f"{interval[0]:.3f} ... {interval[1]:.3f}"
+
+
 def save_evaluations(path: Path, baselines: Baselines, evaluations: list[Evaluation]) -> None:
-    """The same figures as JSON: {"mix": {"mean", "last"}, "evaluations": [{"name", "windows", "metrics"}]}."""
+    """The same figures as JSON: {"mix": {"mean", "last"}, "evaluations": [the fields of Evaluation]}; NaN is null."""
     content = {
         "mix": {"mean": baselines.mean_coefficient, "last": baselines.last_coefficient},
         "evaluations": [dataclasses.asdict(evaluation) for evaluation in evaluations],
     }
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
+    write_atomically(path, json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n")
+
+
+def without_nan(content: object) -> object:
+    """The same nest of dictionaries and lists with None, which JSON has, for NaN and infinity, which it hasn't."""
+    if isinstance(content, dict):
+        return {name: without_nan(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -39,31 +39,48 @@ class RetrievalTask:
     def __init__(self, windows: Windows, rows: np.ndarray) -> None:
         """Reads the windows once. N = len(rows)."""
         self.windows, self.rows = windows, rows
-        targets, target_ids, context_ids = [], [], []
+        targets, last, target_ids, context_ids = [], [], [], []
         for start in range(0, len(rows), PREDICT_ROWS):
             context, target = windows.batch(rows[start : start + PREDICT_ROWS])
             targets.append(target)
+            last.append(context[:, -1])
             target_ids.append(vector_ids(target))
             context_ids.append(vector_ids(context))
         self.targets = torch.cat(targets)  # [N, D]
+        self.last = torch.cat(last)  # [N, D]
         self.target_ids = torch.cat(target_ids)  # [N]
         self.context_ids = torch.cat(context_ids)  # [N, T]
 
     @torch.no_grad()
-    def evaluate(self, predictor: Predictor) -> dict[str, float]:
-        """`cosine`, `hit@1`, `hit@5`, `hit@10`, `mrr`, and the last four again as `excluded_...`: context left out."""
-        pred = torch.cat(
-            [
-                predictor(self.windows.batch(self.rows[start : start + PREDICT_ROWS])[0])
-                for start in range(0, len(self.rows), PREDICT_ROWS)
-            ]
-        )
-        metrics = {"cosine": F.cosine_similarity(pred, self.targets, dim=1).double().mean().item()}
+    def predict(self, predictor: Predictor, reorder: np.random.Generator | None = None) -> Tensor:
+        """Predictions [N, D]; with `reorder`, for contexts whose T vectors stand in a random other order."""
+        pred = []
+        for start in range(0, len(self.rows), PREDICT_ROWS):
+            context, _ = self.windows.batch(self.rows[start : start + PREDICT_ROWS])
+            if reorder is not None:
+                order = torch.from_numpy(reorder.random(context.shape[:2])).argsort(dim=1)  # [B, T]
+                context = context.take_along_dim(order[:, :, None], dim=1)
+            pred.append(predictor(context))
+        return torch.cat(pred)
+
+    def measure(self, pred: Tensor) -> dict[str, Tensor]:
+        """The metrics of each window, [N] float64, by name.
+
+        pred: [N, D]. `cosine`; `hit@1`, `hit@5`, `hit@10` (0 or 1) and `mrr` (1 / rank); the same four as
+        `excluded_...`, with the context left out; `margin`: the cosine with the target minus that with the context's
+        last vector, negative where the prediction is rather a copy of what was there.
+        """
+        cosine = F.cosine_similarity(pred, self.targets, dim=1).double()
+        metrics = {"cosine": cosine, "margin": cosine - F.cosine_similarity(pred, self.last, dim=1).double()}
         every, excluded = ranks(pred, self.targets, self.target_ids, self.context_ids)
         for prefix, rank in (("", every), ("excluded_", excluded)):
-            metrics |= {f"{prefix}hit@{k}": (rank <= k).double().mean().item() for k in HITS}
-            metrics[f"{prefix}mrr"] = (1 / rank.double()).mean().item()
+            metrics |= {f"{prefix}hit@{k}": (rank <= k).double() for k in HITS}
+            metrics[f"{prefix}mrr"] = 1 / rank.double()
         return metrics
+
+    def evaluate(self, predictor: Predictor) -> dict[str, float]:
+        """The means of `measure` over the windows."""
+        return {name: values.mean().item() for name, values in self.measure(self.predict(predictor)).items()}
 
 
 def vector_ids(vectors: Tensor) -> Tensor:
