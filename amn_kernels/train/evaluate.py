@@ -5,9 +5,10 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
+import torch.nn.functional as F
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -67,59 +68,86 @@ def evaluate_run(
     return compare({run.resolve().name: model}, windows, split, others if others.dim == dim else None)
 
 
-def compare(
-    models: dict[str, Predictor], windows: Windows, split: Literal["validation", "test"], ood: Windows | None
-) -> tuple[Baselines, list[Evaluation]]:
-    """Evaluates models (in eval mode) and baselines on a split, and on all windows of `ood` if there is one.
+class Figures(NamedTuple):
+    """One predictor's figures on one set of windows, as in `Evaluation`; collapse is None for a single window."""
+
+    metrics: dict[str, float]
+    intervals: dict[str, Interval]
+    collapse: CollapsePanel | None
+
+
+class EvaluationSet:
+    """One set of windows with all that evaluations on it share: draws, ranking and the baselines' figures."""
+
+    def __init__(self, name: str, task: RetrievalTask, baselines: Baselines) -> None:
+        """Measures the baselines; `name` is what tables call the set."""
+        self.name, self.task = name, task
+        self.bootstrap = Bootstrap(cluster_numbers(task.windows, task.rows))
+        predictors = baselines.predictors()
+        self.check = None
+        # A single window says nothing about how predictions differ.
+        if len(task.rows) > 1:
+            mean = task.predict(predictors[MEAN])
+            self.check = CollapseCheck(task.targets, mean, self.bootstrap.count, baselines.train_subspace)
+        cosines = {
+            skill: F.cosine_similarity(task.predict(predictors[name]), task.targets, dim=1).double().numpy()
+            for skill, name in SKILLS.items()
+        }
+        self._cosines = {skill: float(cosine.mean()) for skill, cosine in cosines.items()}
+        self._resampled_cosines = self.bootstrap.means(cosines)
+        self.untrained = {name: self.measure(predictor) for name, predictor in predictors.items()}
+
+    def measure(self, predictor: Predictor) -> Figures:
+        """Figures of one predictor; a model must be in eval mode."""
+        pred = self.task.predict(predictor)
+        values = {metric: of_windows.numpy() for metric, of_windows in self.task.measure(pred).items()}
+        means = {metric: float(of_windows.mean()) for metric, of_windows in values.items()}
+        resampled = self.bootstrap.means(values)
+        for skill in SKILLS:
+            means[skill] = _skill(means["cosine"], self._cosines[skill])
+            resampled[skill] = _skill(resampled["cosine"], self._resampled_cosines[skill])
+        intervals = {metric: self.bootstrap.interval(figures) for metric, figures in resampled.items()}
+        if self.check is None:
+            return Figures(means, intervals, None)
+        reordered = self.task.predict(predictor, reorder=np.random.default_rng(REORDER_SEED))
+        return Figures(means, intervals, self.check.panel(pred, reordered))
+
+    def evaluate(self, models: dict[str, Predictor]) -> Evaluation:
+        """The models' figures and under them the baselines'."""
+        figures = {name: self.measure(model) for name, model in models.items()} | self.untrained
+        return Evaluation(
+            name=self.name,
+            windows=len(self.task.rows),
+            clusters=self.bootstrap.count,
+            metrics={name: of_predictor.metrics for name, of_predictor in figures.items()},
+            intervals={name: of_predictor.intervals for name, of_predictor in figures.items()},
+            collapse={name: of_predictor.collapse for name, of_predictor in figures.items() if of_predictor.collapse},
+        )
+
+
+def evaluation_sets(
+    windows: Windows, split: Literal["validation", "test"], ood: Windows | None
+) -> tuple[Baselines, list[EvaluationSet]]:
+    """The split of `windows`, and all windows of `ood` if there is one.
 
     The baselines, and the subspace of the training text, are fitted on the training windows, out of distribution too.
     """
     parts = split_windows(windows)
     baselines = fit_baselines(windows, parts.train)
     rows = parts.validation if split == "validation" else parts.test
-    sets = [(f"{windows.name}, {split}", RetrievalTask(windows, rows))]
+    sets = [EvaluationSet(f"{windows.name}, {split}", RetrievalTask(windows, rows), baselines)]
     if ood is not None:
-        sets.append((f"{ood.name}, out of distribution", RetrievalTask(ood, np.arange(len(ood)))))
-    return baselines, [evaluate_set(name, task, models, baselines) for name, task in sets]
+        task = RetrievalTask(ood, np.arange(len(ood)))
+        sets.append(EvaluationSet(f"{ood.name}, out of distribution", task, baselines))
+    return baselines, sets
 
 
-def evaluate_set(name: str, task: RetrievalTask, models: dict[str, Predictor], baselines: Baselines) -> Evaluation:
-    """Evaluates models (in eval mode) and baselines on the windows of `task`."""
-    clusters = cluster_numbers(task.windows, task.rows)
-    bootstrap = Bootstrap(clusters)
-    predictors = models | baselines.predictors()
-    preds = {predictor: task.predict(function) for predictor, function in predictors.items()}
-    measured = {
-        predictor: {metric: values.numpy() for metric, values in task.measure(pred).items()}
-        for predictor, pred in preds.items()
-    }
-    means = {
-        predictor: {metric: float(values.mean()) for metric, values in metrics.items()}
-        for predictor, metrics in measured.items()
-    }
-    resampled = {predictor: bootstrap.means(metrics) for predictor, metrics in measured.items()}
-    for predictor in predictors:
-        for skill, untrained in SKILLS.items():
-            for figures in (means, resampled):
-                figures[predictor][skill] = _skill(figures[predictor]["cosine"], figures[untrained]["cosine"])
-    collapse = {}
-    # A single window says nothing about how predictions differ.
-    if len(task.rows) > 1:
-        check = CollapseCheck(task.targets, preds[MEAN], bootstrap.count, baselines.train_subspace)
-        for predictor, function in predictors.items():
-            reordered = task.predict(function, np.random.default_rng(REORDER_SEED))
-            collapse[predictor] = check.panel(preds[predictor], reordered)
-    return Evaluation(
-        name=name,
-        windows=len(task.rows),
-        clusters=bootstrap.count,
-        metrics=means,
-        intervals={
-            predictor: {metric: bootstrap.interval(values) for metric, values in metrics.items()}
-            for predictor, metrics in resampled.items()
-        },
-        collapse=collapse,
-    )
+def compare(
+    models: dict[str, Predictor], windows: Windows, split: Literal["validation", "test"], ood: Windows | None
+) -> tuple[Baselines, list[Evaluation]]:
+    """Evaluates models (in eval mode) and baselines on the sets of `evaluation_sets`."""
+    baselines, sets = evaluation_sets(windows, split, ood)
+    return baselines, [of_windows.evaluate(models) for of_windows in sets]
 
 
 def _skill(cosine: float | np.ndarray, untrained: float | np.ndarray) -> float | np.ndarray:
