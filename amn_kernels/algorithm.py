@@ -215,6 +215,9 @@ class _Infonce:
         self.margin = options.false_negative_margin
         self.budget = (options.chunk_bytes or DEFAULT_CHUNK_BYTES["pred_to_target"]) // own.keys.itemsize
         self.general = form.both or form.positives_by_id
+        # Similarities of a chunk of rows with a part of a block, again and again in the same memory.
+        rows_of_chunk = min(CHUNK_ROWS, rows.shape[1])
+        self.scratch = own.keys.new_empty(rows_of_chunk * max(64, self.budget // rows_of_chunk))
         self.further = [] if extra is None else [extra]
 
     def run(self, attention: Tensor) -> None:  # [M, D], or [0, D] without gradients
@@ -230,7 +233,7 @@ class _Infonce:
         for block in self.exchange.blocks(self.own, self.further):
             for begin, end, queries, rows in self._chunks():
                 for first, keys in self._parts(block, end - begin):
-                    logits = queries @ keys.keys.mT
+                    logits = self._similarities(queries, keys)
                     rescale = logits.new_empty(end - begin, 1)
                     pairs, own = self._pairs(keys, begin, end), self._own(block, begin, first)
                     self.prim.softmax_rows_(logits, keys.scale, rows, rescale, pairs, own, self.tau)
@@ -249,7 +252,7 @@ class _Infonce:
         for block in self.exchange.blocks(self.own, self.further):
             for begin, end, queries, rows in self._chunks():
                 for first, keys in self._parts(block, end - begin):
-                    logits = queries @ keys.keys.mT
+                    logits = self._similarities(queries, keys)
                     pairs, own = self._pairs(keys, begin, end), self._own(block, begin, first)
                     self.prim.softmax_stats_(logits, keys.scale, rows, pairs, self.form, own, self.tau)
                     if keys.sums is not None:
@@ -268,7 +271,7 @@ class _Infonce:
             for begin, end, queries, rows in self._chunks():
                 units = queries * rows[Row.INV_PRED].to(queries.dtype).unsqueeze(1)
                 for first, keys in self._parts(block, end - begin):
-                    logits = queries @ keys.keys.mT
+                    logits = self._similarities(queries, keys)
                     pairs, own = self._pairs(keys, begin, end), self._own(block, begin, first)
                     cols = logits.new_empty(2, 0) if keys.cols is None else keys.cols
                     self.prim.softmax_weights_(logits, keys.scale, rows, cols, pairs, self.form, own, True, self.tau)
@@ -300,6 +303,10 @@ class _Infonce:
                     None if block.attention is None else block.attention[part],
                 ),
             )
+
+    def _similarities(self, queries: Tensor, keys: Keys) -> Tensor:  # [M, K]
+        shape = (len(queries), len(keys.keys))
+        return torch.mm(queries, keys.keys.mT, out=self.scratch[: shape[0] * shape[1]].view(shape))
 
     def _own(self, block: Keys, begin: int, first: int) -> int:
         """Column of the own key of a chunk's first row; out of reach in a block that has none."""
@@ -344,15 +351,18 @@ def backward(
     def combine(like, x, y, rows, attention, columns, terms):
         grad = torch.empty_like(like, memory_format=torch.contiguous_format)
         grouped = to_groups(grad, x.options.negatives, like.dim() - 1)
-        groups, size, dim = grouped.shape
+        groups, size, _ = grouped.shape
         for group in range(groups):
-            part = slice(group * size, (group + 1) * size)
-            out = torch.empty(size, dim, dtype=real, device=like.device)
-            of_group = attention[part] if len(attention) else attention
-            prim.row_combine(
-                weights, x.chunk(group), y.chunk(group), of_group, columns, rows[:, part], terms, saved.tau, out
-            )
-            grouped[group] = out
+            for begin in range(0, size, CHUNK_ROWS):
+                end = min(size, begin + CHUNK_ROWS)
+                part = slice(group * size + begin, group * size + end)
+                out = grouped[group, begin:end]
+                result = out if out.dtype == real else torch.empty(out.shape, dtype=real, device=out.device)
+                of_group = attention[part] if len(attention) else attention
+                x_rows, y_rows = x.chunk(group, begin, end), y.chunk(group, begin, end)
+                prim.row_combine(weights, x_rows, y_rows, of_group, columns, rows[:, part], terms, saved.tau, result)
+                if result is not out:
+                    out.copy_(result)
         return grad
 
     gradients = {}

@@ -67,23 +67,26 @@ class Group(Exchange):
         if not self.ring:
             yield own
             return
-        block = own
+        block, self._received = own, {}
         gathers = [name for name in ("sums", "attention") if getattr(own, name) is not None]
         for step in range(1, self.size + 1):
             size = self.counts[(self.rank - step) % self.size]
             # While the rows of this rank see the block, its keys are on their way to the next rank already; after the
             # last step only what was gathered for a block goes on, to the rank it belongs to.
-            moves, arriving = self._start(block, ["keys", "scale", "ids", "cols"] if step < self.size else [], size)
+            moves, arriving = self._start(
+                block, ["keys", "scale", "ids", "cols"] if step < self.size else [], size, step
+            )
             yield block
-            more_moves, gathered = self._start(block, gathers, size)
+            more_moves, gathered = self._start(block, gathers, size, step)
             for work in (*moves, *more_moves):
                 work.wait()
             if step < self.size:
                 block = Keys(**arriving, **gathered)
         for name, x in gathered.items():
             getattr(own, name).copy_(x)
+        self._received = {}
 
-    def _start(self, block: Keys, names: list[str], size: int) -> tuple[list[dist.Work], dict[str, Tensor]]:
+    def _start(self, block: Keys, names: list[str], size: int, step: int) -> tuple[list[dist.Work], dict[str, Tensor]]:
         """Send tensors of a block to the next rank, and receive those of a block of `size` keys from the one before."""
         following, previous = (dist.get_global_rank(self.group, (self.rank + step) % self.size) for step in (1, -1))
         received, moves = {}, []
@@ -91,8 +94,13 @@ class Group(Exchange):
             x = getattr(block, name)
             if x is None:
                 continue
-            shape = (len(x), size) if name in ("sums", "cols") else (size, *x.shape[1:])
-            received[name] = x.new_empty(shape)
+            if name in ("sums", "cols"):
+                received[name] = x.new_empty(len(x), size)
+            else:  # two of each, which take turns: one that is received into, one that is read and sent
+                place = (name, step % 2)
+                if place not in self._received:
+                    self._received[place] = x.new_empty(max(self.counts), *x.shape[1:])
+                received[name] = self._received[place][:size]
             moves.append(dist.P2POp(dist.isend, x.contiguous(), following, self.group))
             moves.append(dist.P2POp(dist.irecv, received[name], previous, self.group))
         return (dist.batch_isend_irecv(moves) if moves else []), received

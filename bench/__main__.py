@@ -24,7 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     times = _times(arguments.smoke)
-    rows = 2048 if arguments.smoke else 16384
+    rows, most = (2048, 4096) if arguments.smoke else (16384, 32768)
     result = {
         "machine": {
             "torch": torch.__version__,
@@ -33,7 +33,14 @@ def main() -> None:
             "kernels": ops.cpu_isa(),
         },
         "times": times,
-        "memory": {"rows": rows, "bytes": {name: memory.measure(name, rows) for name in ("fused", "eager", "compile")}},
+        "memory": [
+            {"contender": name, "rows": count, "bytes": memory.measure(name, count)}
+            for name, count in (
+                *((name, rows) for name in ("fused", "eager", "compile")),
+                ("fused", most),
+                ("both", most),
+            )
+        ],
         "accuracy": accuracy.relative_errors(),
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -47,8 +54,8 @@ def _times(smoke: bool) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         report = os.path.join(folder, "times.json")
         status = pytest.main(
-            ["bench/test_seq_loss.py", "-q", "-p", "no:cacheprovider", f"--benchmark-json={report}",
-             "--benchmark-columns=median,iqr,rounds", *(["--smoke"] if smoke else [])]
+            ["bench/test_seq_loss.py", "bench/test_peers.py", "-q", "-p", "no:cacheprovider",
+             f"--benchmark-json={report}", "--benchmark-columns=median,iqr,rounds", *(["--smoke"] if smoke else [])]
         )  # fmt: skip
         if status != 0:
             raise SystemExit(int(status))
@@ -92,12 +99,21 @@ def _print(result: dict) -> None:
             f"fused takes {median['fused'] / median['move']:.2f}x that"
         )
 
-    used = result["memory"]["bytes"]
-    console.print(
-        f"Extra peak memory at {result['memory']['rows']:,} rows: "
-        + ", ".join(f"{name} {value / 2**20:,.0f} MiB" for name, value in used.items())
-        + f"; fused / eager = {used['fused'] / used['eager']:.1%}"
-    )
+    table = Table(title="InfoNCE alone against other libraries, forward + backward, float32, D = 768")
+    for column in ("direction", "rows", "fused\nms", "rival", "rival\nms", "rival /\nfused"):
+        table.add_column(column, justify="right")
+    for entry in (e for e in result["times"] if e["kind"] == "peers"):
+        fused = entry["median"].pop("fused")
+        for name, seconds in entry["median"].items():
+            table.add_row(
+                entry["direction"], f"{entry['rows']:,}", f"{fused * 1e3:.3g}", name, f"{seconds * 1e3:.3g}",
+                f"{seconds / fused:.1f}x",
+            )  # fmt: skip
+    console.print(table)
+
+    console.print("Extra peak memory of a step with MSE + cosine + InfoNCE (both: in both directions):")
+    for entry in result["memory"]:
+        console.print(f"  {entry['contender']:<8} {entry['rows']:>6,} rows  {entry['bytes'] / 2**20:8,.0f} MiB")
 
     table = Table(title="Relative error of the float32 gradient against float64")
     for column in ("term", "|pred - target| / |target|", "fused", "eager", "eager / fused"):

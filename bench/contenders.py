@@ -20,6 +20,7 @@ def losses(terms: dict[str, float]) -> dict[str, Callable]:
     return {
         "fused": FusedSeqLoss(**{"mse": 0.0, **terms}, weighting="fixed"),
         "balanced": FusedSeqLoss(**{"mse": 0.0, **terms}),
+        "both": FusedSeqLoss(**{"mse": 0.0, **terms}, weighting="fixed", direction="both"),
         "eager": plain,
         # One compiled function for every shape would be recompiled as dynamic, and slower, from the second shape on.
         "compile": torch.compile(plain, dynamic=False),
