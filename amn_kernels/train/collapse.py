@@ -26,6 +26,11 @@ CHANCE_DEVIATIONS = 3.0
 SUBSPACE_ENERGY = 0.9
 
 Verdict = Literal["collapsed", "uncorrelated", "weak", "healthy", "not finite"]
+# What to look for.
+HINTS: dict[Verdict, str] = {
+    "collapsed": "the loss has no term that keeps predictions apart, or the optimiser went too far",
+    "uncorrelated": "this is no collapse: wrong weights for the class, or rows out of step, look like this",
+}
 
 
 @dataclass(frozen=True)
@@ -87,15 +92,15 @@ class TrainSubspace:
 class CollapseCheck:
     """What the panels of one set of windows share: the targets, and the mean of the context as the untrained level."""
 
-    def __init__(self, targets: Tensor, mean_of_context: Tensor, clusters: int, subspace: TrainSubspace) -> None:
-        """targets, mean_of_context: [N, D] with N >= 2; clusters: the number of independent pieces among the N rows.
+    def __init__(self, targets: Tensor, mean_of_context: Tensor, independent: int, subspace: TrainSubspace) -> None:
+        """targets, mean_of_context: [N, D] with N >= 2; independent: how many of the N windows share no vectors.
 
-        Windows of one article resemble each other, so chance is that of as many rows as there are articles.
+        Chance is that of so many rows. ValueError for a single row.
         """
         if len(targets) < 2:
             raise ValueError(f"targets must have at least 2 rows to be told apart, got {len(targets)}")
         self.units = _unit(targets)
-        self.clusters, self.subspace = clusters, subspace
+        self.independent, self.subspace = independent, subspace
         self.target = measure_spread(self.units)
         reference = _unit(mean_of_context)
         spread = measure_spread(reference)
@@ -115,7 +120,7 @@ class CollapseCheck:
             "order_sensitivity": max(0.0, 1 - (units * _unit(reordered)).sum(dim=1).mean().item()),
             "lift": lift(units, self.units),
             "reference_lift": self.reference_lift,
-            "chance_lift": CHANCE_DEVIATIONS * chance_deviation(units, self.units) / math.sqrt(self.clusters),
+            "chance_lift": CHANCE_DEVIATIONS * chance_deviation(units, self.units) / math.sqrt(self.independent),
             "subspace": self.subspace.energy(units),
             "target_subspace": self.subspace.energy(self.units),
         }
@@ -142,9 +147,8 @@ class CollapseCheck:
             )
         if own < needed:
             return "uncorrelated", (
-                f"not collapsed (spread {spread:.2f} of the targets'), but no nearer to the own target than to others' "
-                f"(lift {own:.3f}; needed {needed:.3f}): wrong weights or rows out of step look like this"
-                + self._outside(figures)
+                f"varied (spread {spread:.2f}), but no nearer to the own target than to others' (lift {own:.3f}, below "
+                f"{needed:.3f})" + self._outside(figures)
             )
         if own < WEAK * self.reference_lift:
             return "weak", (

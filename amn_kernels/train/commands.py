@@ -15,6 +15,8 @@ from amn_kernels.train.config import TrainConfig
 from amn_kernels.train.demo import DemoConfig
 from amn_kernels.train.demo import demo as run_demo
 from amn_kernels.train.evaluate import evaluate_run, print_evaluations, save_evaluations
+from amn_kernels.train.replay import ReplayConfig
+from amn_kernels.train.replay import replay as run_replay
 from amn_kernels.train.runs import write_atomically
 from amn_kernels.train.sweep import SweepConfig
 from amn_kernels.train.sweep import sweep as run_sweep
@@ -83,6 +85,11 @@ def sweep(config: Annotated[SweepConfig, tyro.conf.arg(name="")]) -> None:
     run_sweep(config, make_console())
 
 
+def replay(config: Annotated[ReplayConfig, tyro.conf.arg(name="")]) -> None:
+    """Train every loss balance of the original comparison again; table and HTML report. Goes on where it stopped."""
+    run_replay(config, make_console())
+
+
 def run(arguments: list[str]) -> int:
     """Parses the arguments after the program's name and runs the subcommand; returns its exit code.
 
@@ -91,7 +98,15 @@ def run(arguments: list[str]) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         code = tyro.extras.subcommand_cli_from_dict(
-            {"info": info, "train": train, "evaluate": evaluate, "audit": audit, "demo": demo, "sweep": sweep},
+            {
+                "info": info,
+                "train": train,
+                "evaluate": evaluate,
+                "audit": audit,
+                "demo": demo,
+                "sweep": sweep,
+                "replay": replay,
+            },
             prog="amn-kernels",
             description="A fused loss for models that predict vectors.",
             args=arguments,

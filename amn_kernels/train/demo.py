@@ -37,12 +37,12 @@ class DemoRun:
     options: dict
 
 
+MSE_ONLY, FIXED, GRADIENT = "MSE only", "fixed 0.5/0.5", "gradient 0.5/0.5"
 RUNS = [
-    DemoRun("MSE only", "mse", {"lambda_mse": 1.0, "weighting": "fixed"}),
-    DemoRun("fixed 0.5/0.5", "fixed", {"lambda_mse": 0.5, "lambda_info": 0.5, "weighting": "fixed"}),
-    DemoRun("gradient 0.5/0.5", "gradient", {"lambda_mse": 0.5, "lambda_info": 0.5, "weighting": "gradient"}),
+    DemoRun(MSE_ONLY, "mse", {"lambda_mse": 1.0, "weighting": "fixed"}),
+    DemoRun(FIXED, "fixed", {"lambda_mse": 0.5, "lambda_info": 0.5, "weighting": "fixed"}),
+    DemoRun(GRADIENT, "gradient", {"lambda_mse": 0.5, "lambda_info": 0.5, "weighting": "gradient"}),
 ]
-MSE_ONLY = RUNS[0].name
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from rich.table import Table
 from amn_kernels.data import Windows, load_windows, split_windows
 from amn_kernels.train.baselines import LAST, MEAN, TRAIN_MEAN, Baselines, Predictor, fit_baselines
 from amn_kernels.train.bootstrap import Bootstrap, cluster_numbers
-from amn_kernels.train.collapse import CollapseCheck, CollapsePanel
+from amn_kernels.train.collapse import HINTS, CollapseCheck, CollapsePanel
 from amn_kernels.train.metrics import HITS, RetrievalTask
 from amn_kernels.train.runs import load_run, write_atomically
 
@@ -88,7 +88,9 @@ class EvaluationSet:
         # A single window says nothing about how predictions differ.
         if len(task.rows) > 1:
             mean = task.predict(predictors[MEAN])
-            self.check = CollapseCheck(task.targets, mean, self.bootstrap.count, baselines.train_subspace)
+            # Windows less than T + 1 apart share vectors.
+            independent = max(1, len(task.rows) // (task.windows.context + 1))
+            self.check = CollapseCheck(task.targets, mean, independent, baselines.train_subspace)
         cosines = {
             skill: F.cosine_similarity(task.predict(predictors[name]), task.targets, dim=1).double().numpy()
             for skill, name in SKILLS.items()
@@ -194,7 +196,8 @@ def print_evaluations(console: Console, baselines: Baselines, evaluations: list[
             console.print(_collapse_table(evaluation))
             for name, panel in evaluation.collapse.items():
                 if name not in baselines.predictors():
-                    console.print(f"{name}: {panel.verdict}: {panel.words}.")
+                    hint = f" ({HINTS[panel.verdict]})" if panel.verdict in HINTS else ""
+                    console.print(f"{name}: {panel.verdict}: {panel.words}{hint}.")
             console.print()
     console.print(
         f"mean-last mix: {baselines.mean_coefficient:.3f} * mean of context + {baselines.last_coefficient:.3f} * last, "

@@ -1,0 +1,234 @@
+"""The replay: the loss balances of the original comparison trained again, for every architecture, and what they became.
+
+Every training leaves a JSON file of its figures in `results/`. A run whose file is there with the same options is not
+trained again, so an interrupted replay goes on where it stopped, and a longer one adds to a shorter one.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import amn_kernels
+from amn_kernels.data import load_windows
+from amn_kernels.stats import DominanceWarning
+from amn_kernels.train.comparison import WRONG_LOADER, comparison_table, find_goals, summarise
+from amn_kernels.train.config import TrainConfig
+from amn_kernels.train.demo import MSE_ONLY, RUNS, SETTINGS, DemoRun
+from amn_kernels.train.evaluate import EvaluationSet, Figures, evaluation_sets, without_nan
+from amn_kernels.train.models import AMN, MODELS
+from amn_kernels.train.runs import load_history, load_run, write_atomically
+from amn_kernels.train.trainer import train
+
+REPLAYED = [*RUNS, DemoRun("gradient 0.9/0.1", "gradient-90", {"lambda_mse": 0.9, "lambda_info": 0.1})]
+RESULTS, REPORT = "results.json", "report.html"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how often a model is trained where the options leave it open."""
+
+    epochs: int
+    seeds: tuple[int, ...]
+
+
+# An epoch of AMN takes seconds; of the others, minutes.
+PLANS = {"amn": Plan(SETTINGS.epochs, (0, 1, 2))}
+LARGE_PLAN = Plan(3, (0,))
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """Options of `amn-kernels replay`; the texts under the fields are its help."""
+
+    model: str = "amn"
+    """Names of models with commas between them, or all."""
+    seeds: str | None = None
+    """Seeds, with commas; default: 0,1,2 for amn and 0 for the others."""
+    epochs: int | None = None
+    """Passes over the training windows in every run; default: 8 for amn and 3 for the others."""
+    data: Path | None = None
+    """NPZ file as for train; default: the bundled verses."""
+    ood: Path | None = None
+    """NPZ file for the out-of-distribution figures; default: the bundled documentation, if its D is the data's."""
+    out: Path = Path("runs/replay")
+    """Folder for the runs, the figures and the report. What is done in it is kept and not trained again."""
+
+    def models(self) -> list[str]:
+        """The models' names; ValueError for an unknown one."""
+        names = list(MODELS) if self.model == "all" else self.model.split(",")
+        unknown = sorted(set(names) - set(MODELS))
+        if unknown:
+            raise ValueError(f"model must be all or names from {', '.join(MODELS)}, got {', '.join(unknown)}")
+        return names
+
+    def plan(self, model: str) -> Plan:
+        """Epochs and seeds of a model; ValueError for options that aren't such numbers."""
+        plan = PLANS.get(model, LARGE_PLAN)
+        if self.seeds is None:
+            seeds = plan.seeds
+        elif all(part.strip().isdecimal() for part in self.seeds.split(",")):
+            seeds = tuple(int(part) for part in self.seeds.split(","))
+        else:
+            raise ValueError(f"seeds must be numbers with commas between them, got {self.seeds!r}")
+        return Plan(plan.epochs if self.epochs is None else self.epochs, seeds)
+
+
+class AMNTwin(AMN):
+    """AMN's parameters, name by name and shape by shape, in another forward: no baseline is added, nothing attended to.
+
+    Weights of AMN load into it without a complaint from torch. In the original comparison that happened, and a cosine
+    of -0.01 was taken for mode collapse.
+    """
+
+    def forward(self, context: Tensor) -> Tensor:
+        """context: [B, T, D] -> prediction [B, D]."""
+        last = context[:, -1]
+        return self.residual(torch.cat([last, last], dim=1))
+
+
+def replay(config: ReplayConfig, console: Console) -> dict:
+    """Trains what isn't there yet, prints the table and writes results.json and report.html; returns the results.
+
+    ValueError for bad data or options. The results: `environment`, `data`, `untrained` (set, predictor: figures) and
+    `runs`, a list of what `run_result` returns.
+    """
+    # Here rather than at the top: only the report needs the template engine.
+    from amn_kernels.train.report import write_report
+
+    trainings = list(_trainings(config))
+    windows = load_windows(config.data, SETTINGS.context)
+    ood = load_windows(config.ood, windows.context, bundled="techdocs")
+    if config.ood is not None and ood.dim != windows.dim:
+        raise ValueError(f"{ood.name}: vectors of size {ood.dim}, but {windows.name} has size {windows.dim}")
+    _, (inside, *others) = evaluation_sets(windows, "validation", ood if ood.dim == windows.dim else None)
+    sets = {"inside": inside} | ({"outside": others[0]} if others else {})
+    (config.out / "results").mkdir(parents=True, exist_ok=True)
+
+    results = {
+        "environment": environment(),
+        "data": {
+            key: {"name": of_windows.name, "windows": len(of_windows.task.rows), "articles": of_windows.bootstrap.count}
+            for key, of_windows in sets.items()
+        },
+        "untrained": {
+            key: {name: _plain(figures) for name, figures in of_windows.untrained.items()}
+            for key, of_windows in sets.items()
+        },
+        "runs": [],
+    }
+    for number, (run, options) in enumerate(trainings, start=1):
+        path = config.out / "results" / f"{'-'.join(options.out.relative_to(config.out).parts)}.json"
+        results["runs"] += _finished(path, options) or _run(run, options, sets, path)
+        last = results["runs"][-1]
+        console.print(f"{number}/{len(trainings)}  {options.out}  cosine {last['inside']['metrics']['cosine']:.3f}")
+        write_atomically(config.out / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    rows = summarise(results)
+    console.print(comparison_table(rows))
+    for goal in find_goals(rows):
+        console.print(f"{'met' if goal.met else 'not met'}: {goal.model}: {goal.text}")
+    write_report(config.out / REPORT, results, rows)
+    console.print(f"report: {config.out / REPORT}, figures: {config.out / RESULTS}")
+    return results
+
+
+def _trainings(config: ReplayConfig) -> list[tuple[DemoRun, TrainConfig]]:
+    """Run and options of every training, the quick models first."""
+    trainings = []
+    for model in config.models():
+        plan = config.plan(model)
+        for seed in plan.seeds:
+            for run in REPLAYED:
+                settings = dataclasses.replace(SETTINGS, model=model, epochs=plan.epochs, seed=seed, data=config.data)
+                out = config.out / model / run.folder / f"seed-{seed}"
+                trainings.append((run, dataclasses.replace(settings, out=out, overwrite=True, **run.options)))
+    return trainings
+
+
+def _run(run: DemoRun, options: TrainConfig, sets: dict[str, EvaluationSet], path: Path) -> list[dict]:
+    """Trains and evaluates; the figures of the run, and of its weights in the wrong class where there is one."""
+    with warnings.catch_warnings():
+        # Fixed weights are here to show just that.
+        warnings.simplefilter("ignore", DominanceWarning)
+        train(options, Console(quiet=True))
+    model, history = load_run(options.out)[-1], load_history(options.out)
+    results = [run_result(run.name, options, model, history, sets)]
+    if options.model == "amn" and run.name == MSE_ONLY:
+        twin = AMNTwin(next(iter(sets.values())).task.windows.dim).eval()
+        twin.load_state_dict(model.state_dict())
+        results.append(run_result(WRONG_LOADER, options, twin, [], sets))
+    write_atomically(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    return results
+
+
+def run_result(
+    name: str, options: TrainConfig, model: nn.Module, history: list[dict], sets: dict[str, EvaluationSet]
+) -> dict:
+    """`model`, `run`, `seed`, `options`, `parameters`, `history`; `inside` and `outside`, the figures on each set."""
+    return {
+        "model": options.model,
+        "run": name,
+        "seed": options.seed,
+        "options": _option_values(options),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "history": without_nan(history),
+        **{key: _plain(of_windows.measure(model)) for key, of_windows in sets.items()},
+    }
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware, as the report shows them."""
+    return {
+        "amn-kernels": amn_kernels.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "instruction set": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(SETTINGS.threads),
+    }
+
+
+def _processor() -> str:
+    """The processor's model where the system tells it, as Linux does."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _finished(path: Path, options: TrainConfig) -> list[dict]:
+    """What an earlier replay left for the same options, or nothing."""
+    if not path.is_file():
+        return []
+    try:
+        results = json.loads(path.read_text())
+        # An option that is newer than the file had what is its default now.
+        trained = _option_values(TrainConfig()) | results[0]["options"]
+        return results if trained == _option_values(options) else []
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path}: not the figures of a run ({error}); remove it to train the run again") from error
+
+
+def _option_values(options: TrainConfig) -> dict:
+    """All that decides a training: the options without where its files go."""
+    values = dataclasses.asdict(options)
+    del values["out"], values["overwrite"]
+    values["data"] = None if options.data is None else str(options.data.resolve())
+    return values
+
+
+def _plain(figures: Figures) -> dict:
+    """Figures as JSON has them."""
+    collapse = None if figures.collapse is None else dataclasses.asdict(figures.collapse)
+    return without_nan({"metrics": figures.metrics, "intervals": figures.intervals, "collapse": collapse})
