@@ -3,25 +3,29 @@
 #   make demo    train AMN on the bundled vectors with two losses and compare them (under 4 minutes after set-up)
 #   make test    the test suite              make test-full     the same on the full grid of shapes
 #   make lint    ruff                        make test-install  install into a fresh environment and test that
-#   make bench   speed and memory against eager PyTorch and torch.compile
+#   make bench   speed and memory against eager PyTorch, torch.compile and other libraries
+#   make test-distributed, make bench-ring   the loss over several processes, and its peak memory
 #   make build   environment and extension   make clean         remove all that was made
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-full test-install lint bench build clean
+.PHONY: demo test test-full test-distributed test-install lint bench bench-ring build clean
 
 demo: build
 	$(BIN)/amn-kernels demo --overwrite
 
 # Threads that wait without spinning: on a busy machine a spinning one keeps the one it waits for from running.
-test test-full: export OMP_WAIT_POLICY = passive
+test test-full test-distributed: export OMP_WAIT_POLICY = passive
 test: build
 	$(BIN)/python -m pytest tests
 
 test-full: build
 	$(BIN)/python -m pytest tests --full
+
+test-distributed: build
+	$(BIN)/python -m pytest tests/test_distributed.py
 
 test-install:
 	PYTHON=$(PYTHON) sh tests/install.sh
@@ -32,6 +36,9 @@ lint: $(VENV)/.dependencies
 
 bench: build
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+bench-ring: build
+	$(BIN)/python -m bench.ring
 
 build: $(VENV)/.built
 

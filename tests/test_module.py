@@ -58,6 +58,58 @@ def test_compiled_without_graph_breaks(backend, options, compiler):
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")
+def test_every_option_compiles_without_graph_breaks():
+    pred, target = make_rows(6, 5, 7)
+    mask, ids = torch.arange(30).view(6, 5) % 7 > 0, torch.arange(30).view(6, 5) % 4
+    options = {
+        **ALL,
+        "moment": 0.1,
+        "variance": 0.1,
+        "direction": "both",
+        "negatives": "step",
+        "positives": "ids",
+        "false_negative_margin": 0.3,
+        "learnable_temperature": True,
+        "weighting": "fixed",
+    }
+
+    def run(criterion, original):
+        leaves = [x.detach().clone().requires_grad_() for x in (pred, target, pred[0])]
+        loss = criterion(leaves[0], leaves[1], mask=mask, ids=ids, extra_negatives=leaves[2])
+        return loss.detach(), *torch.autograd.grad(loss, [*leaves, original.log_temperature])
+
+    criterion = FusedSeqLoss(backend="cpu", **options)
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(run(compiled, criterion), run(criterion, criterion), strict=True):
+        assert relative_error(got, wanted) <= 1e-6
+
+
+@pytest.mark.parametrize("option", ["direction", "positives", "false_negative_margin", "variance", "targets"])
+def test_double_backward_of_options(option):
+    """A gradient penalty: the gradient of the norm of the gradient, against the reference's."""
+    pred, target = make_rows(5, 4, dtype=torch.float64)
+    options = {
+        "direction": {"direction": "both"},
+        "positives": {"positives": "ids"},
+        "false_negative_margin": {"false_negative_margin": 0.8},
+        "variance": {"variance": 0.5, "moment": 0.5},
+        "targets": {},
+    }[option]
+    tensors = {"ids": torch.tensor([0, 1, 0, 2, 1])} if option == "positives" else {}
+    results = []
+    for backend in ("cpu", "reference"):
+        leaves = [
+            x.detach().clone().requires_grad_(option == "targets" or i == 0) for i, x in enumerate((pred, target))
+        ]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        criterion = FusedSeqLoss(infonce=1.0, weighting="fixed", backend=backend, **options)
+        first = torch.autograd.grad(criterion(*leaves, **tensors), wanted, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), wanted))
+    for got, true in zip(*results, strict=True):
+        assert relative_error(got, true) <= 1e-10
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
 def test_compiled_once_for_any_number_of_rows():
     counter = CompileCounterWithBackend("aot_eager")
     criterion = FusedSeqLoss(backend="cpu", **ALL)
