@@ -127,9 +127,12 @@ def replay(config: ReplayConfig, console: Console) -> dict:
     }
     for number, (run, options) in enumerate(trainings, start=1):
         path = config.out / "results" / f"{'-'.join(options.out.relative_to(config.out).parts)}.json"
-        results["runs"] += _finished(path, options) or _run(run, options, sets, path)
-        last = results["runs"][-1]
-        console.print(f"{number}/{len(trainings)}  {options.out}  cosine {last['inside']['metrics']['cosine']:.3f}")
+        done = _finished(path, options) or _run(run, options, sets, path)
+        results["runs"] += done
+        for result in done:
+            cosines = ", ".join(f"{result[key]['metrics']['cosine']:.3f} {key}" for key in sets)
+            title = f"{result['model']}, {result['run']}, seed {result['seed']}"
+            console.print(f"{number}/{len(trainings)}  {title}: cosine {cosines}")
         write_atomically(config.out / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
     rows = summarise(results)
     console.print(comparison_table(rows))
