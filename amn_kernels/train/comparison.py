@@ -166,7 +166,7 @@ def _configuration(runs: list[dict]) -> str:
         return f"weights of {MSE_ONLY}, seeds {_seeds(runs)}"
     return (
         f"{options['weighting']}, λ {options['lambda_mse']:g}/{options['lambda_info']:g}, {options['epochs']} epochs, "
-        f"batch {options['batch_size']}, seeds {_seeds(runs)}"
+        f"lr {options['lr']:g}, batch {options['batch_size']}, seeds {_seeds(runs)}"
     )
 
 

@@ -96,7 +96,7 @@ def render(results: dict, rows: list[Row]) -> str:
         untrained_names=[name for name in results["untrained"]["inside"] if name != TRAIN_MEAN],
         colors=COLORS,
         options=results["runs"][0]["options"],
-        varying={"model", "seed", "epochs", "lambda_mse", "lambda_info", "weighting"},
+        varying={"model", "seed", "epochs", "lambda_mse", "lambda_info", "weighting", "lr"},
     )
 
 
