@@ -13,6 +13,8 @@ from amn_kernels.train.baselines import MEAN
 from amn_kernels.train.demo import FIXED, GRADIENT, MSE_ONLY, mean_shares
 
 WRONG_LOADER = "wrong loader"
+# Of a model whose prediction is added to the mean of the context.
+SUFFIX = " + mean"
 # A run that keeps less than this part of the cosine of MSE only fell off the cliff.
 CLIFF = 0.8
 # What balance at 0.5/0.5 is to keep of the cosine of MSE only, and to reach of its hit@10.
@@ -93,6 +95,9 @@ def summarise(results: dict) -> list[Row]:
         shares = [mean_shares(run["history"]) for run in runs if run["history"]]
         means = {term: float(np.mean([share[term] for share in shares])) for term in (shares[0] if shares else {})}
         analysis = _analyse(name, inside, outside, means, kept, gained)
+        plain = _summary(groups.get((model.removesuffix(SUFFIX), name), []), "outside", results["untrained"])
+        if model.endswith(SUFFIX) and plain and outside:
+            analysis += f" Without the mean its model has {plain.metrics['cosine']:.3f} there."
         rows.append(Row(model, name, _configuration(runs), inside, outside, means, kept, gained, analysis))
     return rows
 
@@ -186,7 +191,8 @@ def _analyse(
     if name == WRONG_LOADER:
         sentences.append("The weights fit every shape of another class, and torch loads them without a word")
     if len(shares) > 1:
-        text = f"InfoNCE is {shares['infonce']:.1%} of the update"
+        # Not 100% where MSE still has a trace.
+        text = f"InfoNCE is {shares['infonce']:.{1 if shares['infonce'] < 0.999 else 2}%} of the update"
         if kept is not None:
             text += f"; keeps {kept:.1%} of the cosine of {MSE_ONLY}"
         if gained is not None:

@@ -5,6 +5,7 @@ trained again, so an interrupted replay goes on where it stopped, and a longer o
 """
 
 import dataclasses
+import inspect
 import json
 import os
 import platform
@@ -20,15 +21,17 @@ from torch import Tensor, nn
 import amn_kernels
 from amn_kernels.data import load_windows
 from amn_kernels.stats import DominanceWarning
-from amn_kernels.train.comparison import WRONG_LOADER, comparison_table, find_goals, summarise
+from amn_kernels.train.comparison import SUFFIX, WRONG_LOADER, comparison_table, find_goals, summarise
 from amn_kernels.train.config import TrainConfig
-from amn_kernels.train.demo import MSE_ONLY, RUNS, SETTINGS, DemoRun
+from amn_kernels.train.demo import GRADIENT, MSE_ONLY, RUNS, SETTINGS, DemoRun
 from amn_kernels.train.evaluate import EvaluationSet, Figures, evaluation_sets, without_nan
 from amn_kernels.train.models import AMN, MODELS
 from amn_kernels.train.runs import load_history, load_run, write_atomically
 from amn_kernels.train.trainer import train
 
 REPLAYED = [*RUNS, DemoRun("gradient 0.9/0.1", "gradient-90", {"lambda_mse": 0.9, "lambda_info": 0.1})]
+# The runs that models which don't start from the mean of the context are trained with once more, added to that mean.
+ON_THE_MEAN = (MSE_ONLY, GRADIENT)
 RESULTS, REPORT = "results.json", "report.html"
 
 
@@ -123,7 +126,11 @@ def replay(config: ReplayConfig, console: Console) -> dict:
     results = {
         "environment": environment(),
         "data": {
-            key: {"name": of_windows.name, "windows": len(of_windows.task.rows), "articles": of_windows.bootstrap.count}
+            key: {
+                "name": of_windows.task.windows.name,
+                "windows": len(of_windows.task.rows),
+                "articles": of_windows.bootstrap.count,
+            }
             for key, of_windows in sets.items()
         },
         "untrained": {
@@ -157,11 +164,18 @@ def _trainings(config: ReplayConfig) -> list[tuple[DemoRun, TrainConfig]]:
         plan = config.plan(model)
         for seed in plan.seeds:
             for run in REPLAYED:
-                options = run.options | {"model": model, "epochs": plan.epochs, "lr": plan.lr, "seed": seed}
-                out = config.out / model / run.folder / f"seed-{seed}"
-                settings = dataclasses.replace(SETTINGS, data=config.data, out=out, overwrite=True)
-                trainings.append((run, dataclasses.replace(settings, **options)))
-    return trainings
+                for residual in (False, True) if run.name in ON_THE_MEAN and _takes_residual(model) else (False,):
+                    options = {"model": model, "epochs": plan.epochs, "lr": plan.lr, "seed": seed, "residual": residual}
+                    folder = f"{model}-on-mean" if residual else model
+                    out = config.out / folder / run.folder / f"seed-{seed}"
+                    settings = dataclasses.replace(SETTINGS, data=config.data, out=out, overwrite=True)
+                    trainings.append((run, dataclasses.replace(settings, **options | run.options)))
+    # Added to the mean last, so that the runs of the original comparison are there first.
+    return sorted(trainings, key=lambda training: training[1].residual)
+
+
+def _takes_residual(model: str) -> bool:
+    return "residual" in inspect.signature(MODELS[model]).parameters
 
 
 def _run(run: DemoRun, options: TrainConfig, sets: dict[str, EvaluationSet], path: Path) -> list[dict]:
@@ -185,7 +199,7 @@ def run_result(
 ) -> dict:
     """`model`, `run`, `seed`, `options`, `parameters`, `history`; `inside` and `outside`, the figures on each set."""
     return {
-        "model": options.model,
+        "model": options.model + (SUFFIX if options.residual else ""),
         "run": name,
         "seed": options.seed,
         "options": _option_values(options),

@@ -106,12 +106,9 @@ def overview_charts(results: dict, rows: list[Row]) -> list[Chart]:
     for key, title in SET_TITLES.items():
         if key in results["data"]:
             charts.append(_draw(f"frontier-{key}", f"{title}: hit@10 against cosine", _frontier, results, rows, key))
-    for key, title in SET_TITLES.items():
-        if key in results["data"] and results["untrained"][key][MEAN]["collapse"]:
-            charts.append(_draw(f"collapse-{key}", f"{title}: collapse map", _collapse_map, results, rows, key))
-            charts.append(
-                _draw(f"subspace-{key}", f"{title}: energy in the training text's subspace", _subspace, rows, key)
-            )
+            if results["untrained"][key][MEAN]["collapse"]:
+                charts.append(_draw(f"collapse-{key}", f"{title}: collapse map", _collapse_map, results, rows, key))
+                charts.append(_draw(f"subspace-{key}", f"{title}: energy in the subspace", _subspace, rows, key))
     return charts
 
 
@@ -142,6 +139,7 @@ def _draw(name: str, title: str, draw: Callable[..., None], *arguments) -> Chart
     # From the <svg> tag on: a prologue belongs to a file of its own.
     svg = picture.getvalue()
     svg = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     return Chart(name, title, Markup(svg))
 
 
@@ -160,10 +158,12 @@ def _curves(axes: Axes, histories: dict[str, list[list[dict]]], key: str, refere
     if reference is not None:
         axes.axhline(reference, color="#3c4653", linestyle="--", linewidth=1)
         axes.annotate(
-            "mean of the context", (1, reference), xycoords=("axes fraction", "data"), xytext=(0, 3), ha="right",
-            textcoords="offset points", fontsize=7.5, color="#3c4653",
+            "mean of the context", (1, reference), xycoords=("axes fraction", "data"), xytext=(0, -4), ha="right",
+            va="top", textcoords="offset points", fontsize=7.5, color="#3c4653",
         )  # fmt: skip
-    if LOGARITHMIC.fullmatch(key):
+    low, high = axes.get_ylim()
+    # Within a decade a logarithmic axis only has crowded labels.
+    if LOGARITHMIC.fullmatch(key) and high > 10 * max(low, 0):
         axes.set_yscale("log")
     elif key.startswith("share_"):
         axes.set_ylim(-0.03, 1.03)
@@ -222,6 +222,7 @@ def _scatter(axes: Axes, rows: list[Row], key: str, place: Callable) -> list[tup
 
 def _subspace(axes: Axes, rows: list[Row], key: str) -> None:
     panels = [(row, getattr(row, key).collapse) for row in rows]
+    axes.figure.set_figheight(max(SIZE[1], 0.9 + 0.18 * len(panels)))
     for place, (row, panel) in enumerate(panels):
         axes.barh(place, panel["subspace"], color=COLORS.get(row.run), height=0.72)
     target = panels[0][1]["target_subspace"]
