@@ -136,9 +136,7 @@ def test_interrupt_exits_130_without_a_traceback(user_file, tmp_path, capsys, mo
 
     monkeypatch.setattr(trainer, "train_epoch", interrupted)
     assert cli.main(["train", "--data", str(user_file), "--out", str(tmp_path / "run")]) == 130
-    captured = capsys.readouterr()
-    assert "no epoch was finished" in captured.out
-    assert captured.err == "interrupted\n"
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_defaults_are_the_documented_ones():

@@ -13,11 +13,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from amn_kernels.train import runs, trainer
+from amn_kernels.train.checkpoints import check_probe, load_checkpoint, newest_checkpoint
 from amn_kernels.train.config import TrainConfig
 from amn_kernels.train.runs import interrupts_deferred, load_history, load_run, prepare_folder, write_atomically
 from amn_kernels.train.trainer import make_batches, train
 
-RUN_FILES = ["best.safetensors", "config.json", "criterion.pt", "history.jsonl", "last.safetensors"]
+RUN_FILES = ["best.safetensors", "checkpoints", "config.json", "history.jsonl", "last.safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,10 @@ def interrupts():
 
 def quiet() -> Console:
     return Console(file=io.StringIO(), width=200)
+
+
+def contents(folder) -> dict:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def config_of(data, out, **changes) -> TrainConfig:
@@ -108,9 +113,9 @@ def test_saved_criterion_goes_on_with_the_same_weights(data, tmp_path):
     config = config_of(data, tmp_path / "run", epochs=2, lambda_info=0.5)
     kept = []
 
-    def keep(model, criterion, *arguments):
-        kept[:] = [criterion]
-        return epoch(model, criterion, *arguments)
+    def keep(training, *arguments):
+        kept[:] = [training.criterion]
+        return epoch(training, *arguments)
 
     epoch = trainer.train_epoch
     with pytest.MonkeyPatch.context() as patch:
@@ -119,7 +124,7 @@ def test_saved_criterion_goes_on_with_the_same_weights(data, tmp_path):
     (criterion,) = kept
     resumed = config.make_criterion()
     fresh = config.make_criterion()
-    resumed.load_state_dict(torch.load(config.out / "criterion.pt", weights_only=True))
+    resumed.load_state_dict(load_checkpoint(newest_checkpoint(config.out / "checkpoints"))["criterion"])
     windows = trainer.load_windows(data)
     for start in range(0, 80, 16):
         context, target = windows.batch(np.arange(start, start + 16))
@@ -141,7 +146,7 @@ def test_best_checkpoint_is_the_epoch_with_the_best_validation_cosine(data, tmp_
     windows = trainer.load_windows(data)
     rows = trainer.split_windows(windows).validation
     assert trainer.mean_cosine(model, windows, rows) == pytest.approx(best["validation_cosine"], abs=1e-6)
-    model.load_state_dict(load_file(out / "last.safetensors"))
+    check_probe(out / "last.safetensors", model, load_file(out / "last.safetensors"))
     assert trainer.mean_cosine(model, windows, rows) == pytest.approx(history[-1]["validation_cosine"], abs=1e-6)
 
 
@@ -161,8 +166,11 @@ def test_an_epoch_takes_one_clipped_gradient_step_a_batch(data):
     torch.manual_seed(0)
     trained, expected = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(40, 8)) for _ in range(2))
     expected.load_state_dict(trained.state_dict())
-    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
-    trainer.train_epoch(trained, trainer.FusedSeqLoss(mse=1.0, weighting="fixed"), optimizer, windows, batches, 0.01)
+    training = trainer.make_training(TrainConfig(clip_norm=0.01), windows, torch.device("cpu"), trainer.Ranks(), 3)
+    training.model = training.running = trained
+    training.optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+    training.criterion = trainer.FusedSeqLoss(mse=1.0, weighting="fixed")
+    assert list(trainer.train_epoch(training, batches, iter(range(3)))) == [1, 2, 3]
     for rows in batches:
         context, target = windows.batch(rows)
         gradients = torch.autograd.grad(torch.nn.functional.mse_loss(expected(context), target), expected.parameters())
@@ -177,9 +185,9 @@ def test_an_epoch_takes_one_clipped_gradient_step_a_batch(data):
 def test_every_epoch_takes_the_training_windows_in_a_new_order(data, tmp_path, monkeypatch):
     epochs = []
 
-    def record(model, criterion, optimizer, windows, batches, clip_norm):
+    def record(training, batches, numbers):
         epochs.append(np.concatenate(list(batches)))
-        return {}
+        return []
 
     monkeypatch.setattr(trainer, "train_epoch", record)
     train(config_of(data, tmp_path / "run", epochs=2, batch_size=1), quiet())
@@ -238,10 +246,10 @@ def test_divergence_is_reported_and_leaves_no_checkpoint_of_it(data, tmp_path, m
 def test_a_folder_in_use_is_refused_and_overwrite_leaves_nothing_of_the_old_run(data, tmp_path):
     out = tmp_path / "run"
     train(config_of(data, out, epochs=2), quiet())
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = contents(out)
     with pytest.raises(FileExistsError, match="--overwrite"):
         train(config_of(data, out), quiet())
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert contents(out) == before
     (out / "notes.txt").write_text("mine")
     prepare_folder(out, overwrite=True)
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
@@ -258,14 +266,16 @@ def test_bad_data_leaves_an_earlier_run_alone(data, tmp_path):
 
 
 @pytest.mark.usefixtures("interrupts")
-def test_interrupt_in_an_epoch_leaves_the_last_whole_one_and_says_so(data, tmp_path, monkeypatch):
+def test_interrupt_in_an_epoch_saves_the_update_at_hand_and_says_how_to_go_on(data, tmp_path, monkeypatch):
     out, console = tmp_path / "run", quiet()
     epochs = iter(range(1, 9))
 
     def interrupted(*arguments):
-        if next(epochs) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return trainer_epoch(*arguments)
+        is_third = next(epochs) == 3
+        for step in trainer_epoch(*arguments):
+            if is_third and step % 14 == 5:  # of 14 updates
+                os.kill(os.getpid(), signal.SIGINT)
+            yield step
 
     trainer_epoch = trainer.train_epoch
     monkeypatch.setattr(trainer, "train_epoch", interrupted)
@@ -273,7 +283,9 @@ def test_interrupt_in_an_epoch_leaves_the_last_whole_one_and_says_so(data, tmp_p
         train(config_of(data, out, epochs=8), console)
     assert [row["epoch"] for row in load_history(out)] == [1, 2]
     load_run(out)
-    assert "interrupted: the files of epoch 2 are whole" in console.file.getvalue().replace("\n", " ")
+    assert newest_checkpoint(out / "checkpoints").name == "step-000000033"
+    said = console.file.getvalue().replace("\n", " ")
+    assert f"interrupted in epoch 3 after 5 of 14 batches; all is saved, --resume --out {out} goes on" in said
 
 
 @pytest.mark.usefixtures("interrupts")
@@ -366,7 +378,7 @@ def test_damaged_runs_name_the_file(data, tmp_path):
     settings = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(settings | {"dim": 9}))
     (out / "best.safetensors").write_bytes(checkpoint)
-    with pytest.raises(ValueError, match=r"best\.safetensors: damaged, or not a amn checkpoint"):
+    with pytest.raises(ValueError, match=r"best\.safetensors: damaged, or not of this model"):
         load_run(out)
     (out / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"config\.json: not a run's configuration"):
@@ -383,6 +395,11 @@ def test_damaged_runs_name_the_file(data, tmp_path):
         ({"lr": float("nan")}, "lr must be positive and finite"),
         ({"clip_norm": float("inf")}, "clip_norm must be positive and finite"),
         ({"weight_decay": -1.0}, "weight_decay must be non-negative"),
+        ({"accumulate": 0}, "accumulate must be at least 1"),
+        ({"keep": 0}, "keep must be at least 1"),
+        ({"warmup": 10}, "warmup needs schedule cosine, got plateau"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
+        ({"resume": True, "overwrite": True}, "resume and overwrite contradict"),
     ],
 )
 def test_options_that_cannot_be_trained_with(change, words):
@@ -402,6 +419,13 @@ def test_every_option_reaches_the_loss_and_the_optimiser(data, tmp_path):
         ("clip_norm", {"clip_norm": 1e-6}),
         ("moment", {"lambda_moment": 0.5}),
         ("variance", {"lambda_variance": 0.5}),
+        ("accumulate", {"accumulate": 2}),
+        ("cosine", {"schedule": "cosine"}),
+        ("warmup", {"schedule": "cosine", "warmup": 5}),
+        ("bf16", {"amp": "bf16"}),
+        ("fp16", {"amp": "fp16"}),
+        ("lstm", {"model": "lstm"}),
+        ("residual", {"model": "lstm", "residual": True}),
     ):
         (row,) = train(config_of(data, tmp_path / name, **common, **changes), quiet())
         losses.append((row["loss_mse"], row["loss_infonce"]))

@@ -9,7 +9,6 @@ import torch
 from amn_kernels.audit import AuditReport, audit
 from amn_kernels.data import load_windows, split_windows
 from amn_kernels.train.config import LossConfig
-from amn_kernels.train.models import build_model
 from amn_kernels.train.trainer import make_batches
 
 
@@ -31,4 +30,4 @@ def audit_config(config: LossConfig, probe_steps: int) -> AuditReport:
     windows = load_windows(config.data, config.context)
     rows = np.random.default_rng(config.seed).permutation(split_windows(windows).train)
     loader = (windows.batch(batch) for batch in make_batches(rows, config.batch_size))
-    return audit(build_model(config.model, windows.dim), loader, config.make_criterion(), probe_steps=probe_steps)
+    return audit(config.make_model(windows.dim), loader, config.make_criterion(), probe_steps=probe_steps)

@@ -154,12 +154,17 @@ def register_model(name: str, constructor: Callable[..., nn.Module]) -> None:
     MODELS[name] = constructor
 
 
+def takes_residual(name: str) -> bool:
+    """Whether the model of that name has the option ``residual``."""
+    return "residual" in inspect.signature(MODELS[name]).parameters
+
+
 def build_model(name: str, dim: int, *, residual: bool = False) -> nn.Module:
     """A new model for vectors of size `dim`; ValueError for an unknown name, or a residual that it does not take."""
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}, expected one of {sorted(MODELS)}")
     if not residual:
         return MODELS[name](dim)
-    if "residual" not in inspect.signature(MODELS[name]).parameters:
+    if not takes_residual(name):
         raise ValueError(f"residual is not an option of the model {name!r}")
     return MODELS[name](dim, residual=True)

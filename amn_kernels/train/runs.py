@@ -1,29 +1,29 @@
 """The files of a run, each written atomically.
 
-config.json, history.jsonl, best.safetensors and last.safetensors (the model), criterion.pt (the loss's state at last).
+config.json, history.jsonl, best.safetensors and last.safetensors (the model's weights with a probe of what it makes of
+a few contexts), and the folder checkpoints/ of `amn_kernels.train.checkpoints`, from which a training goes on.
 """
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
+import shutil
 import signal
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
 
+from amn_kernels.train.checkpoints import check_probe, probe_tensors
 from amn_kernels.train.config import TrainConfig
-from amn_kernels.train.models import build_model
 
 CONFIG, HISTORY, BEST, LAST = "config.json", "history.jsonl", "best.safetensors", "last.safetensors"
-CRITERION = "criterion.pt"
+CHECKPOINTS = "checkpoints"
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -48,16 +48,16 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """Holds Ctrl-C back until the block is done, so that files written together stay in step."""
+def interrupts_deferred() -> Iterator[list]:
+    """Holds Ctrl-C back until the block is done; yields a list that is empty until there was one."""
     # Only the main thread may set handlers; and where Ctrl-C is ignored, as in a background job, it stays so.
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        yield
+        yield []
         return
     received = []
     previous = signal.signal(signal.SIGINT, lambda *_: received.append(True))
     try:
-        yield
+        yield received
     finally:
         signal.signal(signal.SIGINT, previous)
     if received:
@@ -72,8 +72,9 @@ def prepare_folder(out: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{out} isn't empty: choose another --out, or --overwrite to replace the run in it")
     out.mkdir(parents=True, exist_ok=True)
     # An old checkpoint beside a new config would pass for the new run's.
-    for name in (CONFIG, HISTORY, BEST, LAST, CRITERION):
+    for name in (CONFIG, HISTORY, BEST, LAST):
         (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
 
 def save_config(out: Path, config: TrainConfig, dim: int, context: int) -> None:
@@ -85,15 +86,13 @@ def save_config(out: Path, config: TrainConfig, dim: int, context: int) -> None:
     write_atomically(out / CONFIG, json.dumps(values | {"dim": dim, "context": context}, indent=2) + "\n")
 
 
-def save_epoch(out: Path, model: nn.Module, criterion: nn.Module, history: list[dict], is_best: bool) -> None:
-    """Writes the checkpoint(s), the loss's state and the history, one JSON object a line and epoch."""
-    checkpoint = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
-    write_atomically(out / LAST, checkpoint)
+def save_epoch(out: Path, model: nn.Module, probe: Tensor, history: list[dict], is_best: bool) -> None:
+    """Writes the weights with a probe on the contexts [B, T, D], and the history, one JSON object a line and epoch."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    content = save(weights | probe_tensors(model, probe))
+    write_atomically(out / LAST, content)
     if is_best:
-        write_atomically(out / BEST, checkpoint)
-    state = io.BytesIO()
-    torch.save(criterion.state_dict(), state)
-    write_atomically(out / CRITERION, state.getvalue())
+        write_atomically(out / BEST, content)
     # JSON has no NaN: what was not defined in an epoch is null.
     rows = [{name: None if value != value else value for name, value in row.items()} for row in history]
     write_atomically(out / HISTORY, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
@@ -109,13 +108,14 @@ def load_run(out: Path) -> tuple[TrainConfig, int, int, nn.Module]:
         dim, context = values.pop("dim"), values["context"]
         values["data"] = None if values["data"] is None else Path(values["data"])
         config = TrainConfig(**values | {"out": Path(values["out"])})
-        model = build_model(config.model, dim)
+        model = config.make_model(dim)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{out / CONFIG}: not a run's configuration ({error})") from error
     try:
-        model.load_state_dict(load((out / BEST).read_bytes()))
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{out / BEST}: damaged, or not a {config.model} checkpoint ({error})") from error
+        tensors = load((out / BEST).read_bytes())
+    except SafetensorError as error:
+        raise ValueError(f"{out / BEST}: damaged ({error})") from error
+    check_probe(out / BEST, model, tensors)
     return config, dim, context, model.eval()
 
 

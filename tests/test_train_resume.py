@@ -1,0 +1,136 @@
+"""A training that was killed goes on bit for bit as if it had not been."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import config_of, data, one_thread, quiet  # noqa: F401  fixtures
+
+from amn_kernels.train import trainer
+from amn_kernels.train.models import Predictor
+from amn_kernels.train.runs import load_history
+from amn_kernels.train.trainer import train
+
+
+class KilledError(BaseException):
+    """In place of kill -9: nothing of the training can catch it."""
+
+
+def killed_after(updates, config, monkeypatch):
+    """Trains until so many updates are done, and stops without a word."""
+    epoch = trainer.train_epoch
+
+    def dying(*arguments):
+        for step in epoch(*arguments):
+            yield step
+            if step == updates:
+                raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_epoch", dying)
+        with pytest.raises(KilledError):
+            train(config, quiet())
+
+
+def same_course(left, right):
+    """Weights, of the best epoch too, and history, but for how long it took."""
+    for name in ("last.safetensors", "best.safetensors"):
+        a, b = (load_file(folder / name) for folder in (left, right))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in load_history(out)] for out in (left, right)]
+    assert rows[0] == rows[1]
+
+
+VARIANTS = {
+    "amn": {},
+    "lstm": {"model": "lstm"},
+    "gru": {"model": "gru", "residual": True},
+    "transformer": {"model": "transformer"},
+    "cosine, ema, accumulate": {"schedule": "cosine", "warmup": 3, "ema_decay": 0.9, "accumulate": 3},
+    "fp16": {"amp": "fp16"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.usefixtures("one_thread")
+def test_goes_on_bit_for_bit(data, tmp_path, monkeypatch, variant):  # noqa: F811
+    monkeypatch.setattr(Predictor, "HIDDEN", 32)  # checkpoints of the published sizes take a while
+    # 14 batches an epoch; the checkpoint of update 15, or 5 with accumulation, is in the middle of an epoch.
+    options = {"lambda_info": 0.3, "epochs": 3, "checkpoint_every": 5, **VARIANTS[variant]}
+    whole = config_of(data, tmp_path / "whole", **options)
+    train(whole, quiet())
+    broken = dataclasses.replace(whole, out=tmp_path / "broken")
+    killed_after(6 if "accumulate" in options else 18, broken, monkeypatch)
+    console = quiet()
+    train(dataclasses.replace(broken, resume=True), console)
+    assert "resumed from" in console.file.getvalue()
+    same_course(whole.out, broken.out)
+
+
+def test_a_finished_run_goes_on_for_more_epochs(data, tmp_path):  # noqa: F811
+    whole = config_of(data, tmp_path / "whole", epochs=4, lambda_info=0.3)
+    train(whole, quiet())
+    part = dataclasses.replace(whole, out=tmp_path / "part", epochs=2)
+    train(part, quiet())
+    train(dataclasses.replace(part, epochs=4, resume=True), quiet())
+    same_course(whole.out, part.out)
+
+
+def test_other_options_are_refused_by_name(data, tmp_path):  # noqa: F811
+    config = config_of(data, tmp_path / "run", epochs=1)
+    train(config, quiet())
+    with pytest.raises(
+        ValueError, match=r"can't be resumed: the run was started with other options: lr 0.002, now 0.1"
+    ):
+        train(dataclasses.replace(config, lr=0.1, epochs=2, resume=True), quiet())
+
+
+def test_resume_without_a_run_starts_one(data, tmp_path):  # noqa: F811
+    config = config_of(data, tmp_path / "run", epochs=1, resume=True)
+    train(config, quiet())
+    assert len(load_history(config.out)) == 1
+
+
+def test_kill_9_and_resume_on_the_command_line(data, tmp_path):  # noqa: F811
+    def start(out, *more):
+        command = [sys.executable, "-m", "amn_kernels.train", "--data", data, "--out", out, "--batch-size", "16"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        options = ["--epochs", "6", "--threads", "1", "--checkpoint-every", "3", "--lambda-info", "0.5", *more]
+        return subprocess.Popen([*command, *options], env=environment, stdout=subprocess.PIPE, text=True)
+
+    assert start(tmp_path / "whole").wait() == 0
+    process = start(tmp_path / "broken")
+    for line in process.stdout:
+        if line.startswith("epoch  2"):
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    assert start(tmp_path / "broken", "--resume").wait() == 0
+    same_course(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.parametrize("ranks", [2])
+def test_two_processes_train_like_one(data, tmp_path, ranks):  # noqa: F811
+    """Under torchrun every batch is shared out, and the loss is that of the whole batch."""
+    common = ["--data", data, "--batch-size", "16", "--epochs", "2", "--threads", "1", "--lambda-info", "0.5"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    runs = {
+        "one": [sys.executable, "-m", "amn_kernels.train"],
+        "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m",
+                "amn_kernels.train"],
+    }  # fmt: skip
+    for name, command in runs.items():
+        subprocess.run([*command, *common, "--out", tmp_path / name], env=environment, check=True, timeout=300)
+    histories = [load_history(tmp_path / name) for name in runs]
+    for row, other in zip(*histories, strict=True):
+        # The same sums in another order, over 28 updates of AdamW.
+        assert row["validation_cosine"] == pytest.approx(other["validation_cosine"], abs=1e-4)
+        assert row["loss_infonce"] == pytest.approx(other["loss_infonce"], rel=1e-4)
+    assert not list(Path(tmp_path / "two").glob("*.tmp"))
