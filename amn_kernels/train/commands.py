@@ -20,6 +20,7 @@ from amn_kernels.train.replay import replay as run_replay
 from amn_kernels.train.runs import write_atomically
 from amn_kernels.train.sweep import SweepConfig
 from amn_kernels.train.sweep import sweep as run_sweep
+from amn_kernels.train.toml import expand_config
 from amn_kernels.train.trainer import train as run_training
 
 
@@ -34,7 +35,7 @@ def info() -> None:
 
 
 def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
-    """Train a next-vector predictor."""
+    """Train a next-vector predictor. `--config FILE` reads options from a TOML file; flags override it."""
     run_training(config, make_console())
 
 
@@ -95,6 +96,8 @@ def run(arguments: list[str]) -> int:
 
     SystemExit(2) for wrong usage.
     """
+    if arguments[:1] == ["train"]:
+        arguments = ["train", *expand_config(arguments[1:], TrainConfig)]
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         code = tyro.extras.subcommand_cli_from_dict(
