@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from amn_kernels.train import runs, trainer
 from amn_kernels.train.checkpoints import check_probe, load_checkpoint, newest_checkpoint
 from amn_kernels.train.config import TrainConfig
+from amn_kernels.train.models import Predictor
 from amn_kernels.train.runs import interrupts_deferred, load_history, load_run, prepare_folder, write_atomically
 from amn_kernels.train.trainer import make_batches, train
 
@@ -436,3 +437,15 @@ def test_unknown_device_is_refused(data, tmp_path):
     with pytest.raises(ValueError, match="device 'abacus' can't be used"):
         train(config_of(data, tmp_path / "run", device="abacus"), quiet())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("model", ["amn", "lstm", "gru", "transformer"])
+def test_compiled_and_plain_loss_train_alike(data, tmp_path, monkeypatch, model):
+    """The same course to 1e-5 in validation cosine over five epochs, whichever backend computes the loss."""
+    monkeypatch.setattr(Predictor, "HIDDEN", 64)
+    histories = []
+    for backend in ("cpu", "reference"):
+        monkeypatch.setenv("AMN_KERNELS_BACKEND", backend)
+        config = config_of(data, tmp_path / backend, model=model, epochs=5, lambda_info=0.5, lr=1e-3)
+        histories.append([row["validation_cosine"] for row in train(config, quiet())])
+    assert histories[0] == pytest.approx(histories[1], abs=1e-5)

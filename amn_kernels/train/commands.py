@@ -14,6 +14,8 @@ from amn_kernels.train.auditing import AuditConfig, audit_config
 from amn_kernels.train.config import TrainConfig
 from amn_kernels.train.demo import DemoConfig
 from amn_kernels.train.demo import demo as run_demo
+from amn_kernels.train.embed import EmbedConfig
+from amn_kernels.train.embed import embed as embed_texts
 from amn_kernels.train.evaluate import evaluate_run, print_evaluations, save_evaluations
 from amn_kernels.train.replay import ReplayConfig
 from amn_kernels.train.replay import replay as run_replay
@@ -91,6 +93,11 @@ def replay(config: Annotated[ReplayConfig, tyro.conf.arg(name="")]) -> None:
     run_replay(config, make_console())
 
 
+def embed(config: Annotated[EmbedConfig, tyro.conf.arg(name="")]) -> None:
+    """Make a dataset of text files: one vector for each paragraph. Goes on where it was interrupted."""
+    embed_texts(config, make_console())
+
+
 def run(arguments: list[str]) -> int:
     """Parses the arguments after the program's name and runs the subcommand; returns its exit code.
 
@@ -108,6 +115,7 @@ def run(arguments: list[str]) -> int:
                 "audit": audit,
                 "demo": demo,
                 "sweep": sweep,
+                "embed": embed,
                 "replay": replay,
             },
             prog="amn-kernels",
