@@ -1,14 +1,18 @@
 """Metrics and baselines against brute force."""
 
+import io
+import json
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
-from amn_kernels.data import StoredWindows, load_windows, split_windows
+from amn_kernels.data import IndexedWindows, StoredWindows, load_windows, split_windows
 from amn_kernels.train import metrics
 from amn_kernels.train.baselines import LAST, MEAN, MIX, TRAIN_MEAN, fit_baselines, mean_of_context
-from amn_kernels.train.evaluate import compare
+from amn_kernels.train.evaluate import EvaluationSet, compare, print_evaluations, save_evaluations
 from amn_kernels.train.metrics import RetrievalTask, mean_cosine, ranks, vector_ids
 
 
@@ -150,3 +154,114 @@ def test_untrained_figures_on_the_bundled_vectors():
         assert all(values["excluded_hit@10"] >= values["hit@10"] for values in metrics_of_set.values())
     # The verses' mean says nothing about the documentation.
     assert outside.metrics[TRAIN_MEAN]["cosine"] < 0.1
+
+
+def test_margin_is_measured_from_the_last_context_vector():
+    windows = make_windows()
+    context, targets = windows.batch(np.arange(40))
+    pred = torch.randn(40, 4, generator=torch.Generator().manual_seed(2))
+    margin = RetrievalTask(windows, np.arange(40)).measure(pred)["margin"]
+    for row in range(40):
+        own, last = (F.cosine_similarity(pred[row], vector, dim=0) for vector in (targets[row], context[row, -1]))
+        assert margin[row].item() == pytest.approx((own - last).item(), abs=1e-6)
+
+
+def test_reordered_contexts_hold_the_same_vectors(monkeypatch):
+    monkeypatch.setattr(metrics, "PREDICT_ROWS", 16)
+    windows = make_windows()
+    task = RetrievalTask(windows, np.arange(40))
+    context, _ = windows.batch(np.arange(40))
+    reordered = task.predict(lambda batch: batch.flatten(1), reorder=np.random.default_rng(0)).view(40, 3, 4)
+    torch.testing.assert_close(reordered.sort(dim=1).values, context.sort(dim=1).values, rtol=0, atol=0)
+    assert ((reordered != context).flatten(1).any(dim=1)).float().mean() > 0.5
+    torch.testing.assert_close(task.predict(lambda batch: batch.flatten(1)).view(40, 3, 4), context, rtol=0, atol=0)
+
+
+def by_article(articles: int = 30) -> IndexedWindows:
+    """Vectors that stay near a theme of their article."""
+    order = np.random.default_rng(5)
+    article = np.repeat(np.arange(articles), 12)
+    vectors = order.standard_normal((articles, 8))[article] + 0.5 * order.standard_normal((12 * articles, 8))
+    return IndexedWindows("themes", vectors.astype(np.float32), article, context=3)
+
+
+def test_skill_is_the_part_of_the_distance_that_is_removed():
+    _, (inside,) = compare({"halved": lambda context: context[:, -1] + context.mean(dim=1)}, by_article(), "test", None)
+    distance = {name: 1 - values["cosine"] for name, values in inside.metrics.items()}
+    for skill, untrained in (("skill_mean", MEAN), ("skill_last", LAST), ("skill_train_mean", TRAIN_MEAN)):
+        for name, values in inside.metrics.items():
+            assert values[skill] == pytest.approx(1 - distance[name] / distance[untrained], abs=1e-9)
+        # The draws are the same for both, so nothing is left of a predictor beside itself.
+        assert inside.intervals[untrained][skill] == (0, 0)
+    low, high = inside.intervals["halved"]["cosine"]
+    assert low < inside.metrics["halved"]["cosine"] < high
+    assert inside.clusters == 3
+
+
+def test_a_right_predictor_removes_everything():
+    windows = by_article()
+    rows = split_windows(windows).validation
+    targets = windows.batch(rows)[1]
+    evaluation = EvaluationSet("set", RetrievalTask(windows, rows), fit_baselines(windows, rows))
+    figures = evaluation.measure(lambda context: targets)
+    assert figures.metrics["skill_mean"] == pytest.approx(1, abs=1e-6)
+    assert figures.collapse.verdict == "healthy"
+    assert figures.collapse.spread == pytest.approx(1, abs=1e-6)
+
+
+def test_verdicts_on_the_bundled_vectors():
+    windows = load_windows()
+
+    def stays_home(context):
+        """What a model without the mean of the context does: it knows the directions of its training text only."""
+        return 0.2 * context.mean(dim=1) @ basis @ basis.T + fitted.train_mean
+
+    fitted = fit_baselines(windows, split_windows(windows).train)
+    basis = fitted.train_subspace.basis.float()
+    ood = load_windows(bundled="techdocs")
+    _, (inside, outside) = compare({"home": stays_home}, windows, "validation", ood)
+    for evaluation in (inside, outside):
+        assert evaluation.collapse[TRAIN_MEAN].verdict == "collapsed"
+        for name in (MEAN, LAST, MIX):
+            assert evaluation.collapse[name].verdict == "healthy"
+        assert evaluation.collapse[MEAN].order_sensitivity == pytest.approx(0, abs=1e-6)
+        assert evaluation.collapse[LAST].order_sensitivity > 0.3
+    assert inside.metrics["home"]["cosine"] > inside.metrics[TRAIN_MEAN]["cosine"]
+    assert outside.metrics["home"]["skill_mean"] < -0.5
+    assert "it stays in the subspace of its training text (100% of its energy" in outside.collapse["home"].words
+    assert outside.collapse["home"].target_subspace < 0.6 < 0.85 < inside.collapse["home"].target_subspace
+
+
+def test_figures_of_a_single_window_and_json_without_nan(tmp_path):
+    windows = by_article()
+    task = RetrievalTask(windows, split_windows(windows).validation[:1])
+    evaluation = EvaluationSet("one", task, fit_baselines(windows, split_windows(windows).train)).evaluate(
+        {"nothing": lambda context: context[:, 0] * float("nan")}
+    )
+    assert evaluation.collapse == {}
+    assert set(evaluation.intervals[MEAN].values()) == {None}
+    baselines, evaluations = compare({"nothing": lambda context: context[:, 0] * float("nan")}, windows, "test", None)
+    assert evaluations[0].collapse["nothing"].verdict == "not finite"
+    save_evaluations(tmp_path / "figures.json", baselines, evaluations)
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    content = json.loads((tmp_path / "figures.json").read_text(), parse_constant=refuse)["evaluations"][0]
+    assert content["metrics"]["nothing"]["cosine"] is None
+    assert content["metrics"][MEAN]["cosine"] == evaluations[0].metrics[MEAN]["cosine"]
+    assert content["collapse"][TRAIN_MEAN]["verdict"] == "collapsed"
+
+
+def test_printed_tables_say_it_in_words():
+    baselines, evaluations = compare(
+        {"home": lambda context: torch.ones_like(context[:, 0])}, by_article(), "test", None
+    )
+    console = Console(file=io.StringIO(), soft_wrap=True, markup=False, highlight=False, width=90)
+    print_evaluations(console, baselines, evaluations)
+    printed = console.file.getvalue()
+    assert "home: collapsed: different contexts get nearly the same prediction" in printed
+    low, high = evaluations[0].intervals[MEAN]["cosine"]
+    assert f"{low:.3f} ... {high:.3f}" in printed
+    assert f"{evaluations[0].metrics[LAST]['skill_mean']:.3f}" in printed
+    assert "least squares on the training windows" in printed
