@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from amn_kernels import distributed, ops, reference
 from amn_kernels.options import LossOptions
@@ -25,11 +25,21 @@ class Call(NamedTuple):
     pred: Tensor
     target: Tensor
     options: LossOptions
-    weights: Tensor | None = None  # [m], in the dtype of the values
+    weights: Tensor | None = None  # [m] the fixed weights, in the dtype of the values
+    weighting: nn.Module | None = None
+    """What gives the weights once values and Gram matrix are known; None for the fixed ones."""
     temperature: Tensor | None = None  # 0-dim, where it is learned
     mask: Tensor | None = None
     extra_negatives: Tensor | None = None
     ids: Tensor | None = None
+
+
+class Outcome(NamedTuple):
+    """What a backend returns for a call."""
+
+    loss: Tensor  # []: weights·values
+    outputs: TermOutputs
+    weights: Tensor  # [m] those that were applied
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +52,7 @@ class Backend:
     """Why it can't be used in this installation at all; None if it can."""
     why_unsupported: Callable[[Call], str | None]
     """Why it can't serve this call; None if it can."""
-    run: Callable[[Call], tuple[Tensor, TermOutputs]]
-    """Loss, that is weights·values, and outputs."""
+    run: Callable[[Call], Outcome]
 
 
 def _is_transformed() -> bool:
@@ -63,15 +72,33 @@ def _cpu_unsupported(call: Call) -> str | None:
     return None
 
 
-def _cpu_run(call: Call) -> tuple[Tensor, TermOutputs]:
-    return distributed.seq_loss(call) if call.options.over_ranks else ops.seq_loss(*call)
+def _cpu_run(call: Call) -> Outcome:
+    if call.options.over_ranks:
+        return _weighted(call, distributed.term_outputs(call))
+    loss, outputs = ops.seq_loss(
+        call.pred,
+        call.target,
+        call.options,
+        call.weights,
+        call.temperature,
+        call.mask,
+        call.extra_negatives,
+        call.ids,
+    )
+    return Outcome(loss, outputs, call.weights) if call.weighting is None else _weighted(call, outputs)
+
+
+def _weighted(call: Call, outputs: TermOutputs) -> Outcome:
+    """The outcome where weights and loss are computed outside the op."""
+    weights = call.weights if call.weighting is None else call.weighting(outputs.values.detach(), outputs.gram)
+    return Outcome(torch.dot(outputs.values, weights), outputs, weights)
 
 
 def _reference_unsupported(call: Call) -> str | None:
     return "it does not work over ranks" if call.options.over_ranks else None
 
 
-def _reference_run(call: Call) -> tuple[Tensor, TermOutputs]:
+def _reference_run(call: Call) -> Outcome:
     outputs = reference.term_outputs(
         call.pred,
         call.target,
@@ -81,7 +108,7 @@ def _reference_run(call: Call) -> tuple[Tensor, TermOutputs]:
         extra_negatives=call.extra_negatives,
         ids=call.ids,
     )
-    return torch.dot(outputs.values, call.weights), outputs
+    return _weighted(call, outputs)
 
 
 BACKENDS = {

@@ -145,11 +145,11 @@ class _SeqLoss(torch.autograd.Function):
         return None, None, None, None, *(gradients.get(name) for name in _TENSORS)
 
 
-def seq_loss(call) -> tuple[Tensor, TermOutputs]:
-    """Loss and outputs of the batch of all ranks, for a `backends.Call` with the rows of this one.
+def term_outputs(call) -> TermOutputs:
+    """What `backends.Call` asks for, of the batch of all ranks; the call has the rows of this one.
 
-    Every rank of ``options.process_group`` must call it, with its own number of rows. Loss, values, Gram matrix and
-    metrics are those of the rows of all ranks as one batch, the same on every rank. Gradients are those of the loss
+    Every rank of ``options.process_group`` must call it, with its own number of rows. Values, Gram matrix and
+    metrics are those of the rows of all ranks as one batch, the same on every rank. Gradients are those of the values
     times the number of ranks, so that the mean over ranks that DistributedDataParallel takes is the gradient of the
     loss. Extra negatives are keys for the rows of their own rank. A rank that fails gives the others an error of
     torch.distributed, within the timeout of the group.
@@ -159,5 +159,4 @@ def seq_loss(call) -> tuple[Tensor, TermOutputs]:
     values, gram, metrics = _SeqLoss.apply(
         group, options, call.mask, call.ids, call.pred, call.target, call.extra_negatives, call.temperature
     )
-    outputs = TermOutputs(values, gram if gram.numel() else None, metrics)
-    return torch.dot(values, call.weights), outputs
+    return TermOutputs(values, gram if gram.numel() else None, metrics)

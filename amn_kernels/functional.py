@@ -73,9 +73,6 @@ def evaluate(
     real = compute_dtype(pred, target)
     if weights is None or weights.dtype is not real or weights.device != pred.device:
         weights = torch.tensor(options.lambdas, dtype=real, device=pred.device)
-    call = backends.Call(pred, target, options, weights, temperature, mask, extra_negatives, ids)
-    loss, (values, gram, metrics) = backends.choose(call, backend).run(call)
-    if weighting is not None:
-        weights = weighting(values.detach(), gram)
-        loss = torch.dot(values, weights)
+    call = backends.Call(pred, target, options, weights, weighting, temperature, mask, extra_negatives, ids)
+    loss, (values, gram, metrics), weights = backends.choose(call, backend).run(call)
     return loss, LossStats(options, values.detach(), weights, gram, metrics, set() if told is None else told)
