@@ -54,10 +54,10 @@ def _same_threads():
 def run_python():
     """Run a script in a fresh interpreter that can import the helpers of tests/; returns the completed process."""
 
-    def run(script, **environment):
+    def run(script, *arguments, **environment):
         path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
         return subprocess.run(
-            [sys.executable, "-c", script],
+            [sys.executable, "-c", script, *map(str, arguments)],
             env={**os.environ, "PYTHONPATH": path, **environment},
             capture_output=True,
             text=True,
