@@ -43,7 +43,8 @@ def extension():
     """The one extension module, amn_kernels._C."""
     cuda = wants_cuda()
     folders = ["csrc", "csrc/cpu"] + (["csrc/cuda"] if cuda else [])
-    sources = [path.relative_to(ROOT) for folder in folders for path in sorted((ROOT / folder).glob("*.c*"))]
+    files = [path for folder in folders for path in sorted((ROOT / folder).iterdir())]
+    sources = [path.relative_to(ROOT) for path in files if path.suffix in (".cpp", ".cu")]
     flags = ["-O3", "-std=c++20", "-fvisibility=hidden", f"-DPy_LIMITED_API={PYTHON_ABI}"]
     if platform.system() == "Linux":
         # Compiled with OpenMP (at::parallel_for is serial without it) but not linked to it: the symbols then resolve
