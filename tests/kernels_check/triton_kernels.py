@@ -1,0 +1,178 @@
+"""The Triton kernels, as the steps of a training launch them: compiled for each architecture, and read.
+
+A step runs the wrappers themselves, on CPU tensors, under a driver that compiles for a chosen architecture and launches
+nothing. So what is compiled is what a GPU would get: the same specialisation, constants and warps.
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from .report import ARCHITECTURES, KernelReport, occupancy
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REDUCED = ((80, "bf16"), (90, "bf16"), (90, "fp32"), (100, "fp16"), (120, "fp32"))
+"""Every architecture and every dtype, not every pair."""
+
+MATRIX_KERNELS = ("forward_kernel",)
+"""Kernels that multiply matrices: few large blocks, tensor cores. All others wait for memory and need occupancy."""
+ROWS = ("pred", "logits")
+"""Names of arguments whose rows must be loaded 128 bits at a time."""
+
+PROCESSES = 2
+
+
+class Step(NamedTuple):
+    """A call of the loss that launches kernels; the shapes are aligned, as those of models are."""
+
+    rows: int
+    groups: int
+    options: dict
+    masked: bool = False
+
+
+STEPS = (
+    *(Step(rows, 1, {"mse": 1.0, "cosine": 1.0, "infonce": 1.0}) for rows in (16, 32, 64, 128)),
+    Step(128, 1, {"infonce": 1.0, "direction": "both"}),
+    Step(64, 3, {"infonce": 1.0, "direction": "both", "negatives": "sequence"}, masked=True),
+)
+DIM = 768
+
+
+def why_unavailable() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton can't be imported ({error})"
+    return None if os.path.exists(_tool("cuobjdump")) else f"Triton {triton.__version__} has no cuobjdump"
+
+
+def reports(reduced: bool) -> list[KernelReport]:
+    """One report per kernel, configuration, architecture and dtype; those that recur in several steps only once."""
+    pairs = REDUCED if reduced else [(arch, dtype) for arch in ARCHITECTURES for dtype in DTYPES]
+    with ProcessPoolExecutor(PROCESSES) as pool:
+        found = [report for some in pool.map(_reports_of, *zip(*pairs, strict=True)) for report in some]
+    return sorted(found, key=lambda report: (report.name, report.dtype, report.arch))
+
+
+def _reports_of(arch: int, dtype: str) -> list[KernelReport]:
+    torch.set_num_threads(1)
+    with compiling(arch) as kernels:
+        for step in STEPS:
+            run_step(step, DTYPES[dtype])
+    return [read(kernel, arch, dtype) for kernel in kernels]
+
+
+def run_step(step: Step, dtype: torch.dtype) -> None:
+    """Forward and backward of the loss, balanced."""
+    from amn_kernels.backends import Call
+    from amn_kernels.options import LossOptions
+    from amn_kernels.triton import small_groups
+    from amn_kernels.weighting import make_weighting
+
+    shape = (step.rows, DIM) if step.groups == 1 else (step.groups, step.rows, DIM)
+    pred, target = torch.ones(shape, dtype=dtype, requires_grad=True), torch.ones(shape, dtype=dtype)
+    mask = torch.ones(shape[:-1], dtype=torch.bool) if step.masked else None
+    options = LossOptions(**step.options)
+    call = Call(pred, target, options, None, make_weighting(options), mask=mask)
+    small_groups.run(call).loss.backward()
+
+
+@contextlib.contextmanager
+def compiling(arch: int) -> Iterator[list]:
+    """Launches compile for the architecture and do nothing; yields the list that fills with compiled kernels."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    run, before, kernels = JITFunction.run, driver._active, []
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel not in kernels:
+            kernels.append(kernel)
+        return kernel
+
+    JITFunction.run = compile_only
+    driver.set_active(_Compiler(arch))
+    try:
+        yield kernels
+    finally:
+        JITFunction.run = run
+        driver.set_active(before)
+
+
+class _Compiler:
+    """What Triton asks of a driver up to the launch."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton keeps what it compiled per device
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+
+def read(kernel, arch: int, dtype: str) -> KernelReport:
+    """The report of a compiled kernel."""
+    usage = _resource_usage(kernel.asm["cubin"])
+    ptx, ttir, name = kernel.asm["ptx"], kernel.asm["ttir"], kernel.metadata.name
+    matrix = name in MATRIX_KERNELS
+    failures, notes = [], [f"{kernel.metadata.num_warps} warps"]
+    if "tt.dot" in ttir:
+        used = re.findall(r"\b(wgmma|tcgen05\.mma|mma\.sync)", ptx)
+        notes.append(used[0] if used else "FMA")
+        if dtype != "fp32" and not used:
+            failures.append("a product of low precision without tensor cores")
+    arguments = set(re.findall(r"%(\w+): !tt\.ptr", ttir))
+    if arguments & set(ROWS):
+        wide = re.search(r"ld\.global[\w.:]*\.(v4\.b32|v2\.b64|v8\.b32|v4\.b64)|cp\.async\.cg\.[^;]*0x10", ptx)
+        if not wide:
+            failures.append("no 128-bit load")
+        if narrow := len(re.findall(r"ld\.global[\w.:]*\.b16 ", ptx)):
+            failures.append(f"{narrow} loads of single 16-bit elements")
+    return KernelReport(
+        name=name,
+        backend="triton",
+        arch=arch,
+        dtype=dtype,
+        registers=usage["REG"],
+        shared_bytes=kernel.metadata.shared,
+        spill_bytes=usage["STACK"] + usage["LOCAL"],
+        occupancy=occupancy(arch, kernel.metadata.num_warps * 32, usage["REG"], kernel.metadata.shared),
+        notes=", ".join(notes),
+        failures=tuple(failures),
+        min_occupancy=0.0 if matrix else 0.5,
+    )
+
+
+def _tool(name: str) -> str:
+    import triton
+
+    return os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local memory per thread, by cuobjdump."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        printed = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", printed))
+    return {name: int(found[name]) for name in ("REG", "STACK", "LOCAL")}
