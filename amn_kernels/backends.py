@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from amn_kernels import distributed, ops, reference
+from amn_kernels import distributed, ops, reference, triton
 from amn_kernels.options import LossOptions
 from amn_kernels.stats import TermOutputs
 
@@ -88,6 +88,35 @@ def _cpu_run(call: Call) -> Outcome:
     return Outcome(loss, outputs, call.weights) if call.weighting is None else _weighted(call, outputs)
 
 
+def _triton_unsupported(call: Call) -> str | None:
+    if call.pred.device.type != "cuda":
+        return f"pred is on {call.pred.device}"
+    if torch.float64 in (call.pred.dtype, call.target.dtype):
+        return "it computes in float32, and the input is float64"
+    if _is_transformed():
+        return "torch.func transforms and forward-mode derivatives are not fused"
+    if call.options.over_ranks:
+        return distributed.why_unsupported(call.pred)
+    return None
+
+
+def _triton_run(call: Call) -> Outcome:
+    if call.options.over_ranks:
+        return _weighted(call, distributed.term_outputs(call))
+    from amn_kernels.triton import backend
+
+    outputs = backend.term_outputs(
+        call.pred,
+        call.target,
+        call.options,
+        temperature=call.temperature,
+        mask=call.mask,
+        extra_negatives=call.extra_negatives,
+        ids=call.ids,
+    )
+    return _weighted(call, outputs)
+
+
 def _weighted(call: Call, outputs: TermOutputs) -> Outcome:
     """The outcome where weights and loss are computed outside the op."""
     weights = call.weights if call.weighting is None else call.weighting(outputs.values.detach(), outputs.gram)
@@ -115,6 +144,7 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cpu", "C++, fused, vectorised, threaded", ops.why_unavailable, _cpu_unsupported, _cpu_run),
+        Backend("triton", "Triton kernels on CUDA devices", triton.why_unavailable, _triton_unsupported, _triton_run),
         Backend(
             "reference", "plain PyTorch, any device, any option", lambda: None, _reference_unsupported, _reference_run
         ),

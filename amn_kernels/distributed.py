@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from amn_kernels import algorithm, ops
-from amn_kernels.algorithm import Exchange, Keys
-from amn_kernels.primitives import CompiledPrimitives
+from amn_kernels import algorithm, ops, triton
+from amn_kernels.algorithm import Exchange, Keys, Saved
+from amn_kernels.primitives import CompiledPrimitives, Primitives
 from amn_kernels.stats import TermOutputs
 
 _TENSORS = ("pred", "target", "extra_negatives", "temperature")
@@ -23,9 +23,19 @@ def why_unsupported(pred: Tensor) -> str | None:
     """Why the ranks can't compute a loss together, or None if they can."""
     if not dist.is_available() or not dist.is_initialized():
         return "torch.distributed is not initialised (init_process_group)"
-    if pred.device.type != "cpu":
-        return f"there are no primitives for a batch over ranks on {pred.device.type} yet"
-    return ops.why_unavailable()
+    if pred.device.type == "cpu":
+        return ops.why_unavailable()
+    if pred.device.type == "cuda":
+        return triton.why_unavailable()
+    return f"there are no primitives for {pred.device.type}"
+
+
+def _primitives(pred: Tensor) -> Primitives:
+    if pred.is_cuda:
+        from amn_kernels.triton.primitives import TritonPrimitives
+
+        return TritonPrimitives()
+    return CompiledPrimitives()
 
 
 class Group(Exchange):
@@ -95,12 +105,12 @@ class Group(Exchange):
             if x is None:
                 continue
             if name in ("sums", "cols"):
-                received[name] = x.new_empty(len(x), size)
+                received[name] = x.new_empty(len(x), 1, size)
             else:  # two of each, which take turns: one that is received into, one that is read and sent
                 place = (name, step % 2)
                 if place not in self._received:
-                    self._received[place] = x.new_empty(max(self.counts), *x.shape[1:])
-                received[name] = self._received[place][:size]
+                    self._received[place] = x.new_empty(1, max(self.counts), *x.shape[2:])
+                received[name] = self._received[place][:, :size]
             moves.append(dist.P2POp(dist.isend, x.contiguous(), following, self.group))
             moves.append(dist.P2POp(dist.irecv, received[name], previous, self.group))
         return (dist.batch_isend_irecv(moves) if moves else []), received
@@ -109,9 +119,9 @@ class Group(Exchange):
 class _SeqLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, group, options, mask, ids, pred, target, extra_negatives, temperature):
-        ctx.prim = CompiledPrimitives()
+        ctx.prim = _primitives(pred)
         ctx.needs = frozenset(name for name, need in zip(_TENSORS, ctx.needs_input_grad[4:], strict=True) if need)
-        values, gram, metrics, ctx.saved = algorithm.forward(
+        values, gram, metrics, saved = algorithm.forward(
             ctx.prim,
             group,
             options,
@@ -123,8 +133,8 @@ class _SeqLoss(torch.autograd.Function):
             ids=ids,
             needs=ctx.needs,
         )
-        ctx.ranks = group.size
-        ctx.save_for_backward(pred, target, extra_negatives)
+        ctx.options, ctx.ranks = options, group.size
+        ctx.save_for_backward(pred, target, extra_negatives, temperature, *saved)
         gram = values.new_empty(0, 0) if gram is None else gram
         ctx.mark_non_differentiable(gram, metrics)
         return values, gram, metrics
@@ -132,13 +142,15 @@ class _SeqLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_values, *_):
-        pred, target, extra_negatives = ctx.saved_tensors
+        pred, target, extra_negatives, temperature, *saved = ctx.saved_tensors
         gradients = algorithm.backward(
             ctx.prim,
-            ctx.saved,
+            ctx.options,
+            Saved(*saved),
             grad_values * ctx.ranks,
             pred,
             target,
+            temperature=temperature,
             extra_negatives=extra_negatives,
             needs=ctx.needs,
         )

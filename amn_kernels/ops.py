@@ -29,7 +29,7 @@ def cpu_isa() -> str:
 
 _TERM_IDS = {term: index for index, term in enumerate(TERMS)}  # enum Term in csrc/primitives.h
 _NEGATIVES = {"all": 0, "step": 1, "sequence": 2}  # enum Negatives in csrc/seq_loss.cpp, as the next
-_NEEDS_PRED, _NEEDS_TARGET, _NEEDS_EXTRA, _NEEDS_TEMPERATURE = 1, 2, 4, 8
+_NEEDS_PRED, _NEEDS_TARGET, _NEEDS_EXTRA, _NEEDS_TEMPERATURE = 1, 2, 4, 8  # enum Needs
 
 
 def seq_loss(
@@ -51,6 +51,15 @@ def seq_loss(
         ids,
         extra_negatives,
         temperature,
+        *choices_of(options),
+        options.chunk_bytes or DEFAULT_CHUNK_BYTES[options.direction],
+    )
+    return loss, TermOutputs(values, gram if gram.numel() else None, metrics)
+
+
+def choices_of(options: LossOptions) -> tuple:
+    """The options as the ops take them, from `terms` to `variance_target`."""
+    return (
         [_TERM_IDS[term] for term in options.terms],
         [_TERM_IDS[term] for term in options.monitor],
         options.temperature,
@@ -59,9 +68,26 @@ def seq_loss(
         options.positives == "ids",
         -1.0 if options.false_negative_margin is None else options.false_negative_margin,
         -1.0 if options.variance_target is None else options.variance_target,
-        options.chunk_bytes or DEFAULT_CHUNK_BYTES[options.direction],
     )
-    return loss, TermOutputs(values, gram if gram.numel() else None, metrics)
+
+
+def options_of(
+    terms, monitored, temperature, both, negatives, positives_by_id, margin, variance_target, chunk_bytes=None
+) -> LossOptions:
+    """Undo `choices_of`; every λ is 1."""
+    names = list(_TERM_IDS)
+    monitor = tuple(names[i] for i in monitored)
+    return LossOptions(
+        **{name: float(i in terms and name not in monitor) for i, name in enumerate(names)},
+        monitor=monitor,
+        temperature=temperature,
+        direction="both" if both else "pred_to_target",
+        negatives=list(_NEGATIVES)[negatives],
+        positives="ids" if positives_by_id else "diagonal",
+        false_negative_margin=None if margin < 0 else margin,
+        variance_target=None if variance_target < 0 else variance_target,
+        chunk_bytes=chunk_bytes,
+    )
 
 
 def balance(
@@ -75,10 +101,11 @@ def balance(
 _ROW_SCALARS, _PLAIN_ROW_SCALARS, _COLUMNS = 30, 15, 7  # kRowScalars and so on in csrc/row_scalars.h
 
 
-def _forward_fake(
+def forward_fake(
     pred, target, mask, ids, extra_negatives, learned_temperature, terms, monitored, temperature, both, negatives,
     positives_by_id, false_negative_margin, variance_target, chunk_bytes, needs,
 ):  # fmt: skip
+    """Empty results of a `_seq_loss_forward`, of whichever library."""
     real = compute_dtype(pred, target)
     n, dim, m = math.prod(pred.shape[:-1]), pred.shape[-1], len(terms)
     attends = needs != 0 and _TERM_IDS["infonce"] in terms and _TERM_IDS["infonce"] not in monitored
@@ -97,7 +124,8 @@ def _forward_fake(
     )
 
 
-def _backward_fake(grad_values, pred, target, mask, ids, extra_negatives, learned_temperature, *rest):
+def backward_fake(grad_values, pred, target, mask, ids, extra_negatives, learned_temperature, *rest):
+    """Empty results of a `_seq_loss_backward`."""
     differentiable = _differentiable(pred, target, extra_negatives, learned_temperature, rest[-1])
     return [x.new_empty(x.shape) for x in differentiable]
 
@@ -108,30 +136,21 @@ def _differentiable(pred, target, extra_negatives, learned_temperature, needs) -
     return [x for i, x in enumerate(candidates) if needs & (1 << i)]
 
 
-def _balance_fake(values, *state_and_options):
+def balance_fake(values, *state_and_options):
+    """Empty weights."""
     return torch.empty_like(values)
 
 
-def _save_for_double_backward(ctx, inputs, output):
+def save_for_double_backward(ctx, inputs, output):
+    """What `double_backward` needs of a call of `_seq_loss_backward`."""
     grad_values, pred, target, mask, ids, extra_negatives, learned_temperature, _, _, _, *ctx.choices = inputs
     ctx.save_for_backward(grad_values, pred, target, mask, ids, extra_negatives, learned_temperature)
 
 
-def _double_backward(ctx, grads):
+def double_backward(ctx, grads):
     """Gradient of the gradients, through the plain PyTorch definition; differentiable again."""
-    terms, monitored, temperature, both, negatives, positives_by_id, margin, variance_target, needs = ctx.choices
-    names = list(_TERM_IDS)
-    monitor = tuple(names[i] for i in monitored)
-    options = LossOptions(
-        **{name: float(i in terms and name not in monitor) for i, name in enumerate(names)},
-        monitor=monitor,
-        temperature=temperature,
-        direction="both" if both else "pred_to_target",
-        negatives=list(_NEGATIVES)[negatives],
-        positives="ids" if positives_by_id else "diagonal",
-        false_negative_margin=None if margin < 0 else margin,
-        variance_target=None if variance_target < 0 else variance_target,
-    )
+    *choices, needs = ctx.choices
+    options = options_of(*choices)
     create_graph = torch.is_grad_enabled()
     grad_values, pred, target, mask, ids, extra_negatives, learned_temperature = ctx.saved_tensors
     with torch.enable_grad():
@@ -169,9 +188,9 @@ def _double_backward(ctx, grads):
 
 
 if _C is not None:
-    torch.library.register_fake("amn_kernels::_seq_loss_forward", _forward_fake)
-    torch.library.register_fake("amn_kernels::_seq_loss_backward", _backward_fake)
-    torch.library.register_fake("amn_kernels::_balance", _balance_fake)
+    torch.library.register_fake("amn_kernels::_seq_loss_forward", forward_fake)
+    torch.library.register_fake("amn_kernels::_seq_loss_backward", backward_fake)
+    torch.library.register_fake("amn_kernels::_balance", balance_fake)
     torch.library.register_autograd(
-        "amn_kernels::_seq_loss_backward", _double_backward, setup_context=_save_for_double_backward
+        "amn_kernels::_seq_loss_backward", double_backward, setup_context=save_for_double_backward
     )

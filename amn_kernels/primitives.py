@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from amn_kernels.options import TERMS
+from amn_kernels.options import DEFAULT_CHUNK_BYTES, TERMS
 
 _ROWS = (
     "weight inv_pred inv_target excess one_minus_cos pred_pred target_target diff_diff pred_diff max others keys "
@@ -19,6 +19,12 @@ _ROWS = (
 )
 Row = enum.IntEnum("Row", [name.upper() for name in _ROWS.split()], start=0)
 """Row scalars [len(Row), N] float64: enum RowScalar in csrc/row_scalars.h."""
+
+COLUMN_SUMS = (Row.COL_MAX, Row.COL_OTHERS, Row.COL_POSITIVE_SUM)
+"""What is gathered for a key as the rows pass by."""
+
+PLAIN_ROWS = Row.COL_MAX
+"""How many of them there are with plain options: kPlainRowScalars."""
 
 MOMENTS, COLUMNS = 11, 7
 """Numbers per column: enum Moment and enum Column in csrc/row_scalars.h."""
@@ -72,15 +78,26 @@ class TermList(NamedTuple):
 
 
 class Primitives(Protocol):
-    """What a device provides; see csrc/primitives.h."""
+    """What a device provides; see csrc/primitives.h. Matrices [M, D] may come as [G, M, D].
+
+    `weights` is where the softmax leaves its weights [G, C, K]: the logits themselves, or a tensor of another dtype.
+    `sums` are rows COL_MAX, COL_OTHERS, COL_POSITIVE_SUM of the keys, [3, G, K].
+    """
+
+    reads_any_dtype: bool
+    """Whether rows are read in their own dtypes and masked ones not at all; else they come widened and zeroed."""
+    chunk_bytes: dict[str, int]
+    """Memory for similarities by direction, where the options don't say."""
 
     def row_stats(self, pred, target, rows, key_scale, form: Form) -> None: ...  # noqa: D102
-    def softmax_rows_(self, logits, key_scale, rows, rescale, pairs: Pairs, own: int, tau: Temperature) -> None: ...  # noqa: D102
+    def softmax_rows_(  # noqa: D102
+        self, logits, key_scale, rows, rescale, pairs: Pairs, own: int, tau: Temperature, weights
+    ) -> None: ...
     def softmax_stats_(self, logits, key_scale, rows, pairs: Pairs, form: Form, own: int, tau: Temperature) -> None: ...  # noqa: D102
-    def softmax_cols(self, logits, key_rows, pairs: Pairs, form: Form) -> None: ...  # noqa: D102
+    def softmax_cols(self, logits, sums, pairs: Pairs, form: Form) -> None: ...  # noqa: D102
     def col_factors(self, key_rows, cols, tau: Temperature) -> None: ...  # noqa: D102
     def softmax_weights_(  # noqa: D102
-        self, logits, key_scale, rows, cols, pairs: Pairs, form: Form, own: int, raw: bool, tau: Temperature
+        self, logits, key_scale, rows, cols, pairs: Pairs, form: Form, own: int, raw: bool, tau: Temperature, weights
     ) -> None: ...
     def row_dots(self, pred, target, attention, rows, held: Attention, form: Form, tau: Temperature) -> None: ...  # noqa: D102
     def col_stats(self, pred, target, rows, moments, count) -> None: ...  # noqa: D102
@@ -99,25 +116,33 @@ class Primitives(Protocol):
 class CompiledPrimitives:
     """The compiled ones, as ops that csrc/primitive_ops.cpp registers."""
 
+    reads_any_dtype = False
+    chunk_bytes = DEFAULT_CHUNK_BYTES
+
     def __init__(self):
         self._ops = torch.ops.amn_kernels
 
     def row_stats(self, pred, target, rows, key_scale, form):  # noqa: D102
         self._ops._row_stats(pred, target, rows, key_scale, *form)
 
-    def softmax_rows_(self, logits, key_scale, rows, rescale, pairs, own, tau):  # noqa: D102
+    def softmax_rows_(self, logits, key_scale, rows, rescale, pairs, own, tau, weights):  # noqa: D102
         self._ops._softmax_rows_(logits, key_scale, rows, rescale, *pairs, own, *tau)
 
     def softmax_stats_(self, logits, key_scale, rows, pairs, form, own, tau):  # noqa: D102
         self._ops._softmax_stats_(logits, key_scale, rows, *pairs, *form, own, *tau)
 
-    def softmax_cols(self, logits, key_rows, pairs, form):  # noqa: D102
-        self._ops._softmax_cols(logits, key_rows, pairs.row_ids, pairs.key_ids, *form)
+    def softmax_cols(self, logits, sums, pairs, form):  # noqa: D102
+        rows = sums.new_zeros(len(Row), *sums.shape[1:])
+        for row, of_keys in zip(COLUMN_SUMS, sums, strict=True):
+            rows[row] = of_keys
+        self._ops._softmax_cols(logits, rows.flatten(1), pairs.row_ids, pairs.key_ids, *form)
+        for row, of_keys in zip(COLUMN_SUMS, sums, strict=True):
+            of_keys.copy_(rows[row])
 
     def col_factors(self, key_rows, cols, tau):  # noqa: D102
         self._ops._col_factors(key_rows, cols, *tau)
 
-    def softmax_weights_(self, logits, key_scale, rows, cols, pairs, form, own, raw, tau):  # noqa: D102
+    def softmax_weights_(self, logits, key_scale, rows, cols, pairs, form, own, raw, tau, weights):  # noqa: D102
         self._ops._softmax_weights_(logits, key_scale, rows, cols, *pairs, *form, own, raw, *tau)
 
     def row_dots(self, pred, target, attention, rows, held, form, tau):  # noqa: D102

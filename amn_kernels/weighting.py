@@ -4,10 +4,12 @@ A weighting is called with the values [m] and the Gram matrix [m, m] of the term
 arithmetic is on the device, without a host read, so it can be captured and compiled.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from amn_kernels import ops
+from amn_kernels import ops, triton
 from amn_kernels.options import LossOptions
 from amn_kernels.reference.balance import MOST, balance
 
@@ -68,8 +70,7 @@ class BalancedWeighting(nn.Module):
             raise ValueError(
                 f"the loss is on {self.mean.device}, pred on {values.device}: move it with .to({str(values.device)!r})"
             )
-        step = ops.balance if values.device.type == "cpu" and ops.why_unavailable() is None else balance
-        return step(
+        return _step_for(values.device)(
             values,
             gram,
             self.mean,
@@ -105,6 +106,17 @@ class BalancedWeighting(nn.Module):
                 f"weighting state is of weighting {state['weighting']!r} over {', '.join(state['terms'])}; "
                 f"this loss has weighting {self.kind!r} over {', '.join(self.terms)}"
             )
+
+
+def _step_for(device: torch.device) -> Callable[..., Tensor]:
+    """`amn_kernels.reference.balance.balance`, or its fused twin for the device."""
+    if device.type == "cpu" and ops.why_unavailable() is None:
+        return ops.balance
+    if device.type == "cuda" and triton.why_unavailable() is None:
+        from amn_kernels.triton import backend
+
+        return backend.balance
+    return balance
 
 
 class CallableWeighting(nn.Module):

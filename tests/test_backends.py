@@ -159,7 +159,9 @@ def test_other_devices_are_served_by_the_reference(rows, served):
 def test_info(monkeypatch):
     report = backends.info()
     for name, backend in backends.BACKENDS.items():
-        assert f"{name:<10} available: {backend.summary}" in report
+        reason = backend.why_unavailable()
+        said = f"not available: {reason}" if reason else f"available: {backend.summary}"
+        assert f"{name:<10} {said}" in report
     assert ops.cpu_isa() in report
     assert f"torch {torch.__version__}" in report
     assert "AMN_KERNELS_BACKEND: not set" in report

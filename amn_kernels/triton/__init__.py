@@ -1,0 +1,29 @@
+"""The Triton backend: the primitives as Triton kernels, one file per concept, under `amn_kernels.algorithm`.
+
+    backend.py      the op: autograd, and why it can't serve a call
+    primitives.py   tensors to launches: the protocol of `amn_kernels.primitives`
+    launching.py    block sizes and warps, and how a kernel is launched
+    scalars.py      numbers per row and the small formulas that kernels share
+    *.py            the kernels themselves
+
+The modules that need Triton are imported when the backend is first used, so the package works without it.
+"""
+
+import functools
+import importlib
+
+import torch
+
+
+@functools.cache
+def _import_error() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton can't be imported ({error})"
+    return None
+
+
+def why_unavailable() -> str | None:
+    """Why the kernels can't run in this installation, or None if they can."""
+    return _import_error() or (None if torch.cuda.is_available() else "there is no CUDA device")
