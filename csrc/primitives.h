@@ -15,28 +15,6 @@
 
 namespace amn {
 
-// Terms, numbered as in amn_kernels/options.py.
-enum Term : int64_t { kMse = 0, kCosine = 1, kInfonce = 2, kMoment = 3, kVariance = 4 };
-
-constexpr int64_t kMaxTerms = 5;
-constexpr int64_t kMetrics = 5;  // cosine_similarity, top1, chance, pred_norm, target_norm
-
-// What is computed, in the order of the caller's terms.
-struct TermList {
-  int64_t size = 0;
-  int64_t term[kMaxTerms] = {};
-  bool differentiable[kMaxTerms] = {};  // false: a monitored term, value only
-
-  int64_t find(Term wanted) const {
-    for (int64_t i = 0; i < size; ++i) {
-      if (term[i] == wanted) return i;
-    }
-    return -1;
-  }
-  bool has(Term wanted) const { return find(wanted) >= 0; }
-  bool sends(Term wanted) const { return has(wanted) && differentiable[find(wanted)]; }
-};
-
 // A number, or a 0-dim tensor on the device where it is learned: the host must not read it there.
 struct Temperature {
   double number;
@@ -49,15 +27,6 @@ struct Pairs {
   at::Tensor key_ids;  // [G, K'] int64, K' <= K: further keys have no id
   at::Tensor guide;    // [G, C, K] real: t_i.k_j; with it, keys with 1 - cos(t_i, k_j) < margin are left out
   double margin;
-};
-
-// How balanced weights are formed.
-struct BalanceOptions {
-  int64_t anchor;
-  double decay;
-  int64_t update_every;
-  bool by_value;  // balance values, else norms of gradients
-  bool update;    // false: the state stays as it is
 };
 
 struct Primitives {

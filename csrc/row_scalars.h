@@ -1,4 +1,4 @@
-// What the primitives share with their kernels: the numbers per row and per column, and two options. Free of torch.
+// What the primitives share with their kernels: the numbers per row and per column, the terms, and options. Free of torch.
 #pragma once
 
 #include <cstdint>
@@ -77,6 +77,28 @@ enum Column : int64_t {
   kColumns,
 };
 
+// Terms, numbered as in amn_kernels/options.py.
+enum Term : int64_t { kMse = 0, kCosine = 1, kInfonce = 2, kMoment = 3, kVariance = 4 };
+
+constexpr int64_t kMaxTerms = 5;
+constexpr int64_t kMetrics = 5;  // cosine_similarity, top1, chance, pred_norm, target_norm
+
+// What is computed, in the order of the caller's terms.
+struct TermList {
+  int64_t size = 0;
+  int64_t term[kMaxTerms] = {};
+  bool differentiable[kMaxTerms] = {};  // false: a monitored term, value only
+
+  int64_t find(Term wanted) const {
+    for (int64_t i = 0; i < size; ++i) {
+      if (term[i] == wanted) return i;
+    }
+    return -1;
+  }
+  bool has(Term wanted) const { return find(wanted) >= 0; }
+  bool sends(Term wanted) const { return has(wanted) && differentiable[find(wanted)]; }
+};
+
 // What is said of InfoNCE besides its temperature.
 struct InfonceForm {
   bool both;              // the mean of row and column softmax, else the row softmax
@@ -88,6 +110,16 @@ enum class Attention : int64_t {
   kUnnormalised,  // sum_{j != i} exp(s_ij - max_i) k_j/|k_j|
   kNormalised,    // sum_{j != i} v_ij k_j/|k_j|, v as softmax_weights_ has it
   kByKey,         // for a row that is a key: 1/|t_j| sum_{i != j} v_ij p_i/|p_i|
+  kScaled,        // |t_i| sum_{j != i} exp(s_ij - max_i) k_j/|k_j|: weights of 16 bits stay in their range
+};
+
+// How balanced weights are formed.
+struct BalanceOptions {
+  int64_t anchor;
+  double decay;
+  int64_t update_every;
+  bool by_value;  // balance values, else norms of gradients
+  bool update;    // false: the state stays as it is
 };
 
 }  // namespace amn

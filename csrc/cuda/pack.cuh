@@ -18,8 +18,8 @@ struct Layout {
   // Elements of a pack: 128 bits of a 16-bit dtype, 256 bits of Real.
   static constexpr int kPack = 32 / sizeof(Real);
   // Blocks of the largest size that a multiprocessor must hold: at half of its threads there are 64 registers for each.
-  // The branches on the dtype take more.
-  static constexpr int kBlocks = kDtype == Dtype::kAny ? 1 : 2;
+  // float64 and the branches on the dtype take more.
+  static constexpr int kBlocks = kDtype == Dtype::kAny || sizeof(Real) == 8 ? 1 : 2;
 };
 
 // Other matrices, such as the attention: in the dtype that is computed in.
@@ -60,6 +60,9 @@ struct Packs {
 
   __device__ explicit Packs(int64_t cols)
       : first(int64_t{threadIdx.x} * (L::kWhole ? L::kPack : 1)), step(int64_t{blockDim.x} * L::kPack), cols(cols) {}
+
+  __device__ bool any() const { return first < cols; }
+  __device__ int64_t last() const { return first + (cols - 1 - first) / step * step; }
 
   // Calls f(k) for each, in order.
   template <class F>

@@ -8,7 +8,7 @@ namespace {
 
 template <class L>
 __global__ void __launch_bounds__(kTeamLimit, L::kBlocks) row_stats_kernel(
-    Matrix pred, Matrix target, Scalars rows, Vectors key_scale, double weight, InfonceForm form) {
+    Matrix pred, Matrix target, Scalars rows, Matrix key_scale, double weight, InfonceForm form) {
   using Real = typename L::Real;
   AMN_TEAM_MEMORY(memory);
   for_rows(pred.groups * pred.rows, [&](int64_t i, bool is_row) {
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kTeamLimit, L::kBlocks) row_stats_kernel(
 }  // namespace
 
 void row_stats(
-    const Matrix& pred, const Matrix& target, const Scalars& rows, const Vectors& key_scale, double weight,
+    const Matrix& pred, const Matrix& target, const Scalars& rows, const Matrix& key_scale, double weight,
     const InfonceForm& form, cudaStream_t stream) {
   const auto launch = [&]<class L>() {
     const Teams teams = teams_for<L>(pred.groups * pred.rows, pred.cols);
