@@ -118,11 +118,15 @@ __device__ void finish(const double* sums, const SumOptions& options, double tau
   };
   const auto factor = [&](int64_t term) { return term == kMse ? 2.0 / options.dim : term == kInfonce ? 1 / tau : 1.0; };
   double loss = 0;
-  for (int i = 0; i < terms.size; ++i) {
+#pragma unroll
+  for (int i = 0; i < kMaxTerms; ++i) {
+    if (i >= terms.size) continue;
     const Real rounded = value(terms.term[i]);
     static_cast<Real*>(to.values)[i] = rounded;
     if (to.loss != nullptr) loss += double{rounded} * static_cast<const Real*>(to.weights)[i];
-    for (int j = 0; options.has_gram && j < terms.size; ++j) {
+#pragma unroll
+    for (int j = 0; j < kMaxTerms; ++j) {
+      if (!options.has_gram || j >= terms.size) continue;
       const int a = terms.term[i], b = terms.term[j];
       const bool wanted = terms.differentiable[i] && terms.differentiable[j];
       static_cast<Real*>(to.gram)[i * terms.size + j] =
