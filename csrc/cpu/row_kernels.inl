@@ -1,112 +1,18 @@
-// Body of row_kernels_{baseline,avx2,avx512}.cpp, which set the target and name the function that exports it.
-//
-// Written with the vector extension of gcc and clang: one vector is 64 bytes on every instruction set, so the order of
-// summation, and with it the result up to fused multiply-adds, does not depend on the machine.
+// Body of row_kernels_{baseline,avx2,avx512}.cpp, which set the target and its register size, and name the function that
+// exports it. Vectors, and the order of sums: vectors.inl.
+#include "vectors.inl"
 
 namespace amn::cpu {
 namespace {
-
-#define AMN_INLINE inline __attribute__((always_inline))
-
-constexpr int64_t kVectorBytes = 64;
-
-template <class T>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  typedef float type __attribute__((vector_size(kVectorBytes)));
-  typedef float unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
-  typedef uint32_t integers __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct VectorOf<double> {
-  typedef double type __attribute__((vector_size(kVectorBytes)));
-  typedef double unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
-};
-template <class T>
-using Vector = typename VectorOf<T>::type;
-template <class T>
-constexpr int64_t kLanes = kVectorBytes / sizeof(T);
 
 // Elements that are summed in T before the sum moves to double. With 1024, the InfoNCE of two rows, where nothing
 // averages out, had five times the error of eager PyTorch.
 constexpr int64_t kBlock = 256;
 
-// Access to a whole vector, or to its first lanes at the end of a row.
-template <class T>
-struct Whole {
-  AMN_INLINE Vector<T> load(const T* x) const { return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(x); }
-  AMN_INLINE Vector<T> or_else(Vector<T> v, T) const { return v; }
-  AMN_INLINE void store(T* x, Vector<T> v) const { *reinterpret_cast<typename VectorOf<T>::unaligned*>(x) = v; }
-};
-template <class T>
-struct First {
-  int64_t lanes;
-  AMN_INLINE Vector<T> load(const T* x) const {  // 0 in the lanes past the end
-    Vector<T> v{};
-    std::memcpy(&v, x, lanes * sizeof(T));
-    return v;
-  }
-  AMN_INLINE Vector<T> or_else(Vector<T> v, T fill) const {  // v, and fill past the end
-    Vector<T> filled = Vector<T>{} + fill;
-    std::memcpy(&filled, &v, lanes * sizeof(T));
-    return filled;
-  }
-  AMN_INLINE void store(T* x, Vector<T> v) const { std::memcpy(x, &v, lanes * sizeof(T)); }
-};
-
-// Calls f(i, access) for every vector of [begin, end).
-template <class T, class F>
-AMN_INLINE void for_vectors(int64_t begin, int64_t end, const F& f) {
-  int64_t i = begin;
-  for (; i + kLanes<T> <= end; i += kLanes<T>) f(i, Whole<T>{});
-  if (i < end) f(i, First<T>{end - i});
-}
-
 // Calls f(begin, end) for the blocks of [begin, end).
 template <class F>
 AMN_INLINE void for_blocks(int64_t begin, int64_t end, const F& f) {
   for (; begin < end; begin += kBlock) f(begin, begin + kBlock < end ? begin + kBlock : end);
-}
-
-template <class T>
-AMN_INLINE T sum(Vector<T> v) {
-  T lanes[kLanes<T>];
-  std::memcpy(lanes, &v, sizeof v);
-  for (int64_t width = kLanes<T> / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
-
-template <class T>
-AMN_INLINE T maximum(Vector<T> v) {
-  T best = v[0];
-  for (int64_t i = 1; i < kLanes<T>; ++i) best = v[i] > best ? v[i] : best;
-  return best;
-}
-
-// exp for x <= 0, and 0 where that is below the smallest normal number. Range reduction and polynomial: Cephes expf
-// (S. Moshier), error about one unit in the last place. A NaN stays one.
-AMN_INLINE Vector<float> exp_nonpositive(Vector<float> x) {
-  typedef VectorOf<float>::integers Integers;
-  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const Vector<float> shifted = x * 1.44269504088896341f + kRound;
-  const Vector<float> n = shifted - kRound;
-  const Vector<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  Vector<float> y = 1.9875691500e-4f * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.f;
-  const Integers power_of_two = ((Integers)shifted << 23) + 0x3f800000;
-  return x < -87.f ? Vector<float>{} : y * (Vector<float>)power_of_two;
-}
-
-AMN_INLINE Vector<double> exp_nonpositive(Vector<double> x) {
-  for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
-  return x;
 }
 
 // 0 for a zero vector; NaN for a norm that is not finite, so that it can't pass for a zero vector.
@@ -212,7 +118,7 @@ AMN_INLINE void scale_logits(
   for_vectors<T>(0, keys, [&](int64_t j, auto access) {
     const Vector<T> norm = access.load(key_scale + j);
     const Vector<T> x = access.load(s + j) * norm * scale;
-    access.store(s + j, norm < 0 ? Vector<T>{} + kLowest : x);
+    access.store(s + j, where_negative(norm, Vector<T>{} + kLowest, x));
   });
   const int64_t id_keys = pairs.row_ids != nullptr ? pairs.id_keys : 0;
   const int64_t id = id_keys > 0 ? pairs.row_ids[i] : 0;
@@ -238,7 +144,7 @@ AMN_INLINE double largest(const T* s, int64_t keys) {
   Vector<T> lanes = Vector<T>{} + kLowest;
   for_vectors<T>(0, keys, [&](int64_t j, auto access) {
     const Vector<T> x = access.or_else(access.load(s + j), kLowest);
-    lanes = x > lanes ? x : lanes;
+    lanes = larger(x, lanes);
   });
   return maximum<T>(lanes);
 }
@@ -254,7 +160,7 @@ AMN_INLINE int64_t count_keys(const T* s, int64_t keys) {
 template <class T>
 AMN_INLINE Vector<T> exp_of(Vector<T> s, T shift) {
   const Vector<T> x = s - (shift == -std::numeric_limits<T>::infinity() ? T(0) : shift);
-  return exp_nonpositive(x > 0 ? Vector<T>{} : x);
+  return exp_nonpositive(at_most_zero(x));
 }
 
 // Sum of exp(s - shift) over [0, keys); `use` is called with each vector of them.
@@ -361,7 +267,7 @@ void softmax_cols(
         const T* s = logits.row(i) + first;
         for_vectors<T>(0, width, [&](int64_t j, auto access) {
           const Vector<T> x = access.load(s + j), best = access.load(max + j);
-          access.store(max + j, x > best ? x : best);
+          access.store(max + j, larger(x, best));
         });
       }
       for (int64_t j = 0; j < width; ++j) {
@@ -372,7 +278,7 @@ void softmax_cols(
         const T* s = logits.row(i) + first;
         for_vectors<T>(0, width, [&](int64_t j, auto access) {
           const Vector<T> x = access.load(s + j) - access.load(shift + j);
-          access.store(total + j, access.load(total + j) + exp_nonpositive(x > 0 ? Vector<T>{} : x));
+          access.store(total + j, access.load(total + j) + exp_nonpositive(at_most_zero(x)));
         });
       }
       for (int64_t j = 0; j < width; ++j) {
@@ -412,7 +318,7 @@ void softmax_weights_(
     };
     for_vectors<T>(0, col_keys, [&](int64_t j, auto access) {
       const Vector<T> x = access.or_else(access.load(s + j), kLowest) - access.load(col_max + j);
-      const Vector<T> col = exp_nonpositive(x > 0 ? Vector<T>{} : x) * access.load(col_factor + j);
+      const Vector<T> col = exp_nonpositive(at_most_zero(x)) * access.load(col_factor + j);
       access.store(s + j, (weigh(j, access) + col) * access.load(key_scale + j));
     });
     for_vectors<T>(col_keys, keys, [&](int64_t j, auto access) {

@@ -10,6 +10,7 @@
 #endif
 
 #define AMN_KERNELS avx2_kernels
+#define AMN_VECTOR_BYTES 32
 #include "row_kernels.inl"
 
 #if defined(__clang__)

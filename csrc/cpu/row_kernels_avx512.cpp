@@ -10,6 +10,7 @@
 #endif
 
 #define AMN_KERNELS avx512_kernels
+#define AMN_VECTOR_BYTES 64
 #include "row_kernels.inl"
 
 #if defined(__clang__)

@@ -2,4 +2,5 @@
 #include "row_kernels_includes.h"
 
 #define AMN_KERNELS baseline_kernels
+#define AMN_VECTOR_BYTES 16
 #include "row_kernels.inl"

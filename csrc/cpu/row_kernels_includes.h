@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "row_kernels.h"
