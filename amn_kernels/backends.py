@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from amn_kernels import distributed, ops, reference, triton
-from amn_kernels.options import LossOptions
+from amn_kernels.options import LossOptions, shown
 from amn_kernels.stats import TermOutputs
 
 ENVIRONMENT = "AMN_KERNELS_BACKEND"
@@ -74,7 +74,7 @@ def _cpu_unsupported(call: Call) -> str | None:
 
 def _cpu_run(call: Call) -> Outcome:
     if call.options.over_ranks:
-        return weighted(call, distributed.term_outputs(call))
+        return _weighted(call, distributed.term_outputs(call))
     loss, outputs = ops.seq_loss(
         call.pred,
         call.target,
@@ -85,7 +85,7 @@ def _cpu_run(call: Call) -> Outcome:
         call.extra_negatives,
         call.ids,
     )
-    return Outcome(loss, outputs, call.weights) if call.weighting is None else weighted(call, outputs)
+    return Outcome(loss, outputs, call.weights) if call.weighting is None else _weighted(call, outputs)
 
 
 def _triton_unsupported(call: Call) -> str | None:
@@ -102,11 +102,9 @@ def _triton_unsupported(call: Call) -> str | None:
 
 def _triton_run(call: Call) -> Outcome:
     if call.options.over_ranks:
-        return weighted(call, distributed.term_outputs(call))
-    from amn_kernels.triton import backend, small_groups
+        return _weighted(call, distributed.term_outputs(call))
+    from amn_kernels.triton import backend
 
-    if small_groups.why_unsupported(call) is None:
-        return small_groups.run(call)
     outputs = backend.term_outputs(
         call.pred,
         call.target,
@@ -116,10 +114,10 @@ def _triton_run(call: Call) -> Outcome:
         extra_negatives=call.extra_negatives,
         ids=call.ids,
     )
-    return weighted(call, outputs)
+    return _weighted(call, outputs)
 
 
-def weighted(call: Call, outputs: TermOutputs) -> Outcome:
+def _weighted(call: Call, outputs: TermOutputs) -> Outcome:
     """The outcome where weights and loss are computed outside the op."""
     weights = call.weights if call.weighting is None else call.weighting(outputs.values.detach(), outputs.gram)
     return Outcome(torch.dot(outputs.values, weights), outputs, weights)
@@ -139,7 +137,7 @@ def _reference_run(call: Call) -> Outcome:
         extra_negatives=call.extra_negatives,
         ids=call.ids,
     )
-    return weighted(call, outputs)
+    return _weighted(call, outputs)
 
 
 BACKENDS = {
@@ -165,8 +163,8 @@ def requested(name: str | None) -> str | None:
         source, name = ENVIRONMENT, os.environ.get(ENVIRONMENT) or None
     if name is None:
         return None
-    if name not in BACKENDS:
-        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if not (isinstance(name, str) and name in BACKENDS):
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {shown(name)}")
     if reason := BACKENDS[name].why_unavailable():
         raise ValueError(f"{source}={name!r} is not available: {reason}")
     return name

@@ -62,6 +62,14 @@ def _check_float(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}")
+    check_dense(name, value)
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """TypeError for a sparse, nested or otherwise packed tensor, which the loss can't address row by row."""
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
 
 
 def _check_device(name: str, value: Tensor, pred: Tensor) -> None:
@@ -76,6 +84,7 @@ def _check_rows(name: str, value: Tensor, pred: Tensor, dtypes: tuple[torch.dtyp
         raise TypeError(
             f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {value.dtype}"
         )
+    check_dense(name, value)
     if value.shape != pred.shape[:-1]:
         raise ValueError(f"{name} must have the shape of pred's rows, {list(pred.shape[:-1])}, got {list(value.shape)}")
     _check_device(name, value, pred)

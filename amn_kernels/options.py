@@ -1,6 +1,7 @@
 """What to compute: the options of the loss, checked once, in one frozen object that every layer below passes on."""
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,8 @@ TERMS = ("mse", "cosine", "infonce", "moment", "variance")
 
 DEFAULT_CHUNK_BYTES = {"pred_to_target": 8 << 20, "both": 64 << 20}
 """Scratch memory for similarities on the CPU, by direction; see `LossOptions.chunk_bytes`."""
+
+_MOST = 1 << 62  # fits an int64 of the compiled code
 
 _CHOICES = {
     "direction": ("pred_to_target", "both"),
@@ -103,54 +106,72 @@ class LossOptions:
 
     def __post_init__(self):
         for term in TERMS:
-            weight = _number(term, getattr(self, term))
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"{term} must be a finite weight >= 0, got {weight}")
+            if self._take_number(term) < 0:
+                raise ValueError(f"{term} must be a finite weight >= 0, got {getattr(self, term)}")
         object.__setattr__(self, "enabled", tuple(term for term in TERMS if getattr(self, term) > 0))
         if not self.enabled:
             raise ValueError(f"all weights are 0; at least one of {', '.join(TERMS)} must be positive")
-        if not (math.isfinite(_number("temperature", self.temperature)) and self.temperature > 0):
-            raise ValueError(f"temperature must be finite and > 0, got {self.temperature}")
-        if not 0 <= _number("ema", self.ema) < 1:
+        if not 0 <= self._take_number("ema") < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
-        for option, choices in _CHOICES.items():
-            if getattr(self, option) not in choices:
-                raise ValueError(f"{option} must be one of {', '.join(choices)}, got {getattr(self, option)!r}")
+        for option in ("temperature", "variance_target", "false_negative_margin"):
+            optional = option != "temperature"
+            if not (optional and getattr(self, option) is None) and not self._take_number(option) > 0:
+                raise ValueError(
+                    f"{option} must be finite and > 0{', or None' * optional}, got {getattr(self, option)}"
+                )
         for option in ("update_every", "chunk_bytes"):
             value = getattr(self, option)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{option} must be a whole number >= 1, got {value!r}")
-        if self.variance_target is not None and not _number("variance_target", self.variance_target) > 0:
-            raise ValueError(f"variance_target must be > 0 or None, got {self.variance_target}")
-        if not (callable(self.weighting) or self.weighting in ("fixed", "value", "gradient")):
-            raise ValueError(f"weighting must be fixed, value, gradient or a callable, got {self.weighting!r}")
+            if option == "chunk_bytes" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST:
+                raise ValueError(f"{option} must be a whole number in [1, 2**62], got {shown(value)}")
+        for option in ("learnable_temperature", "gather_negatives", "check_finite"):
+            if not isinstance(getattr(self, option), bool):
+                raise ValueError(f"{option} must be True or False, got {shown(getattr(self, option))}")
+        for option, choices in _CHOICES.items():
+            value = getattr(self, option)
+            if not (isinstance(value, str) and value in choices):
+                raise ValueError(f"{option} must be one of {', '.join(choices)}, got {shown(value)}")
+        known = isinstance(self.weighting, str) and self.weighting in ("fixed", "value", "gradient")
+        if not (known or callable(self.weighting)):
+            raise ValueError(f"weighting must be fixed, value, gradient or a callable, got {shown(self.weighting)}")
         self._check_term_names()
         self._check_infonce()
         terms = tuple(term for term in TERMS if term in self.enabled or term in self.monitor)
         object.__setattr__(self, "terms", terms)
-        object.__setattr__(self, "lambdas", tuple(float(getattr(self, term)) for term in terms))
+        object.__setattr__(self, "lambdas", tuple(getattr(self, term) for term in terms))
+
+    def _take_number(self, option: str) -> float:
+        """Keeps the option as a float and returns it; raises ValueError naming it if it is no finite real number."""
+        given = getattr(self, option)
+        if isinstance(given, bool) or not isinstance(given, numbers.Real):
+            raise ValueError(f"{option} must be a number, got {shown(given)}")
+        try:
+            value = float(given)
+        except OverflowError:
+            value = math.inf
+        if not math.isfinite(value):
+            raise ValueError(f"{option} must be a finite number, got {shown(given)}")
+        object.__setattr__(self, option, value)
+        return value
 
     def _check_term_names(self):
-        if isinstance(self.monitor, str):
-            raise ValueError(f"monitor must be a tuple of term names, got the string {self.monitor!r}")
+        # A set would do too, but a string would pass letter by letter, and an iterator only once.
+        if not isinstance(self.monitor, (tuple, list, set, frozenset)):
+            raise ValueError(f"monitor must be a tuple of term names, got {shown(self.monitor)}")
         object.__setattr__(self, "monitor", tuple(self.monitor))
         for name in self.monitor:
-            if name not in TERMS:
-                raise ValueError(f"monitor must name terms of {', '.join(TERMS)}, got {name!r}")
+            if not (isinstance(name, str) and name in TERMS):
+                raise ValueError(f"monitor must name terms of {', '.join(TERMS)}, got {shown(name)}")
             if name in self.enabled:
                 raise ValueError(f"monitor is for terms of weight 0, got {name!r} of weight {getattr(self, name)}")
-        if self.anchor is not None and self.anchor not in self.enabled:
-            raise ValueError(f"anchor must be one of the terms that are on, {self.enabled}, got {self.anchor!r}")
+        if self.anchor is not None and not (isinstance(self.anchor, str) and self.anchor in self.enabled):
+            raise ValueError(f"anchor must be one of the terms that are on, {self.enabled}, got {shown(self.anchor)}")
 
     def _check_infonce(self):
-        margin = self.false_negative_margin
-        if margin is not None and not (math.isfinite(_number("false_negative_margin", margin)) and margin > 0):
-            raise ValueError(f"false_negative_margin must be finite and > 0, or None, got {margin}")
         group = self.process_group
         if group is not None and not isinstance(group, getattr(torch.distributed, "ProcessGroup", ())):
-            raise ValueError(f"process_group must be a group of torch.distributed or None, got {group!r}")
-        if self.gather_negatives not in (True, False):
-            raise ValueError(f"gather_negatives must be True or False, got {self.gather_negatives!r}")
+            raise ValueError(f"process_group must be a group of torch.distributed or None, got {shown(group)}")
         if self.gather_negatives and self.negatives != "all":
             raise ValueError(f"gather_negatives=True needs negatives='all', got negatives={self.negatives!r}")
         if "infonce" in (*self.enabled, *self.monitor):
@@ -158,7 +179,7 @@ class LossOptions:
         used = {
             "learnable_temperature=True": self.learnable_temperature,
             "positives='ids'": self.positives == "ids",
-            "false_negative_margin": margin is not None,
+            "false_negative_margin": self.false_negative_margin is not None,
             "gather_negatives=True": self.gather_negatives,
         }
         for option, is_on in used.items():
@@ -176,8 +197,10 @@ class LossOptions:
         return "mse" if "mse" in self.enabled else self.enabled[0]
 
 
-def _number(option: str, value: Any) -> float:
-    """`value` as it is if it is a real number; raises ValueError naming the option otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{option} must be a number, got {value!r}")
-    return value
+def shown(value: Any) -> str:
+    """`value` as an error message has it: of something long, its beginning."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        text = f"an {type(value).__name__} of {value.bit_length()} bits"
+    return text if len(text) <= 80 else f"{text[:77]}..."

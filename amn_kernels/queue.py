@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from amn_kernels.checks import FLOAT_DTYPES
+from amn_kernels.checks import FLOAT_DTYPES, check_dense
+from amn_kernels.options import shown
 
 
 class NegativeQueue(nn.Module):
@@ -28,9 +29,9 @@ class NegativeQueue(nn.Module):
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-        if dtype not in FLOAT_DTYPES:
-            raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, got {dtype}")
+                raise ValueError(f"{name} must be a whole number >= 1, got {shown(value)}")
+        if not (isinstance(dtype, torch.dtype) and dtype in FLOAT_DTYPES):
+            raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, got {shown(dtype)}")
         self.register_buffer("rows", torch.zeros(size, dim, dtype=dtype))
         self._filled = 0
         self._next = 0
@@ -53,18 +54,24 @@ class NegativeQueue(nn.Module):
 
         Raises:
             TypeError: targets is not a floating tensor, or mask not a bool one.
-            ValueError: A shape does not fit; the message names it.
+            ValueError: A shape or a device does not fit; the message names it.
         """
         size, dim = self.rows.shape
         if not isinstance(targets, Tensor) or targets.dtype not in FLOAT_DTYPES:
             raise TypeError(
                 f"targets must be a floating tensor, got {getattr(targets, 'dtype', type(targets).__name__)}"
             )
+        check_dense("targets", targets)
+        if targets.device != self.rows.device:
+            raise ValueError(f"targets must be on the device of the queue, {self.rows.device}, got {targets.device}")
         if targets.dim() not in (2, 3) or targets.shape[-1] != dim:
             raise ValueError(f"targets must be [N, {dim}] or [B, T, {dim}], got shape {list(targets.shape)}")
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
                 raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+            check_dense("mask", mask)
+            if mask.device != targets.device:
+                raise ValueError(f"mask must be on the device of targets, {targets.device}, got {mask.device}")
             if mask.shape != targets.shape[:-1]:
                 raise ValueError(
                     f"mask must have the shape of targets' rows, {list(targets.shape[:-1])}, got {list(mask.shape)}"

@@ -66,7 +66,10 @@ class BalancedWeighting(nn.Module):
 
         Without a Gram matrix (no gradients were asked for), gradient weights come from the state as it is.
         """
-        self.check_device(values.device)
+        if values.device != self.mean.device:
+            raise ValueError(
+                f"the loss is on {self.mean.device}, pred on {values.device}: move it with .to({str(values.device)!r})"
+            )
         return _step_for(values.device)(
             values,
             gram,
@@ -82,11 +85,6 @@ class BalancedWeighting(nn.Module):
             self.kind == "value",
             self.training,
         )
-
-    def check_device(self, device: torch.device) -> None:
-        """Raises ValueError if the state is elsewhere."""
-        if device != self.mean.device:
-            raise ValueError(f"the loss is on {self.mean.device}, pred on {device}: move it with .to({str(device)!r})")
 
     def _apply(self, fn, recurse=True):
         # `.half()` and the like convert floating buffers; running squares of norms would overflow or vanish there.

@@ -160,7 +160,7 @@ def variance(pred: Tensor, target: Tensor, mask: Tensor, gamma: float | None = N
     if gamma is None:
         _, wanted = column_moments(normalize(target.detach()), mask)
     else:
-        wanted = torch.full_like(sd, gamma)
+        wanted = gamma
     return torch.relu(wanted - sd).mean()
 
 

@@ -1,10 +1,12 @@
 """Checkpoints: all that a training needs to go on as if it had never stopped, as safetensors + JSON.
 
-A checkpoint is a folder ``step-000001234`` with `tensors.safetensors` and `state.json`. It appears whole, by the rename
-of a folder whose files are on disk already, so at every moment the newest one is good, a crash included.
+A checkpoint is a folder ``step-000001234`` with `tensors.safetensors`, `state.json` and their checksums, as sha256sum
+writes and checks them. It appears whole, by the rename of a folder whose files are on disk already, so at every moment
+the newest one is good, a crash included.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -16,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-TENSORS, STATE = "tensors.safetensors", "state.json"
+TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
 _TENSOR, _ITEMS = "__tensor__", "__items__"
 
 
@@ -37,8 +39,10 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
         temporary = folder / f".{path.name}.{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        _write(temporary / TENSORS, save(tensors))
-        _write(temporary / STATE, json.dumps(skeleton, allow_nan=True).encode())
+        files = {TENSORS: save(tensors), STATE: json.dumps(skeleton, allow_nan=True).encode()}
+        for name, data in files.items():
+            _write(temporary / name, data)
+        _write(temporary / SUMS, _sums(files))
         _sync(temporary)
         os.replace(temporary, path)
         _sync(folder)
@@ -59,14 +63,22 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def load_checkpoint(path: Path) -> dict:
     """The state that was saved; ValueError naming the file that is damaged."""
+    files = {name: _read(path / name) for name in (TENSORS, STATE, SUMS)}
+    sums = files.pop(SUMS)
+    if sums != _sums(files):
+        damaged = next((name for name in files if _sums({name: files[name]}) not in sums), SUMS)
+        raise ValueError(f"{path / damaged}: damaged (its checksum is not the one in {SUMS})")
     try:
-        tensors = load((path / TENSORS).read_bytes())
-    except (SafetensorError, OSError) as error:
+        tensors = load(files[TENSORS])
+    except SafetensorError as error:
         raise ValueError(f"{path / TENSORS}: damaged ({error})") from error
     try:
-        return _unpack(json.loads((path / STATE).read_text()), tensors)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        state = _unpack(json.loads(files[STATE]), tensors)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path / STATE}: damaged ({error})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path / STATE}: damaged (it holds no state, but {type(state).__name__})")
+    return state
 
 
 def probe_tensors(model: nn.Module, contexts: Tensor) -> dict[str, Tensor]:
@@ -74,7 +86,7 @@ def probe_tensors(model: nn.Module, contexts: Tensor) -> dict[str, Tensor]:
     return {"probe.context": contexts.cpu().contiguous(), "probe.prediction": _predict(model, contexts)}
 
 
-def check_probe(where: Path | str, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def check_probe(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The model's weights without the probe; loads them and recomputes the probe.
 
     Raises ValueError if weights don't fit, or fit by name and shape only: another class with the same parameters makes
@@ -88,10 +100,10 @@ def check_probe(where: Path | str, model: nn.Module, tensors: dict[str, Tensor])
         found = _predict(model, contexts)
         off = ((found - wanted).norm() / wanted.norm().clamp(min=1e-12)).item()
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{where}: damaged, or not of this model ({error})") from error
+        raise ValueError(f"{path}: damaged, or not of this model ({error})") from error
     if not off <= 1e-3:
         raise ValueError(
-            f"{where}: the weights fit {type(model).__name__} in name and shape, but its predictions are off by "
+            f"{path}: the weights fit {type(model).__name__} in name and shape, but its predictions are off by "
             f"{off:.0%} from those that were saved with them: they belong to another architecture"
         )
     return weights
@@ -105,6 +117,18 @@ def _predict(model: nn.Module, contexts: Tensor) -> Tensor:
     prediction = model(contexts.to(device)).float().cpu()
     model.train(training)
     return prediction
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+
+
+def _sums(files: dict[str, bytes]) -> bytes:
+    """A line for each of the files, as sha256sum has it."""
+    return "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items()).encode()
 
 
 def _write(path: Path, data: bytes) -> None:

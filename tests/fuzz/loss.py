@@ -1,0 +1,390 @@
+"""Any input that the loss documents, on every backend that serves it, against the plain definition in float64.
+
+Hypothesis draws shapes, layouts, dtypes, options and which rows are special, and shrinks them; the numbers come from a
+seed. Two rules: what is finite in the truth has at most twice the error of plain PyTorch in the same dtype plus a
+floor (`natural`); what is not finite in the truth is not finite in any backend.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from error_rule import make_rows
+from hypothesis import strategies as st
+from torch import Tensor
+
+from amn_kernels import functional
+from amn_kernels.backends import BACKENDS, Call
+from amn_kernels.options import TERMS, LossOptions
+from amn_kernels.reference import seq_loss as definition
+from amn_kernels.reference import term_outputs, terms
+
+Tensors = dict[str, Tensor | None]
+"""The arguments of the loss by name."""
+
+notes: Counter[str] = Counter()
+"""How many cases could be compared only in part, by reason."""
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+
+# Rounding units of the compute dtype, relative to the sizes that cancel: sums of D products and of N weights.
+FLOOR = 32
+# Squares of longer vectors overflow in float32. What is finite has to be right even so.
+LONG = 1e18
+
+SCALES = (1.0, 1.0, 1e-6, 1e15, 1e3)
+SPECIAL = {
+    "zero": 0.0,
+    "below the smallest norm": 1e-10,
+    "subnormal": 1e-40,
+    "tiny": 1e-6,
+    "huge": 1e15,
+    "overflowing": 1e30,
+    "nan": torch.nan,
+    "inf": torch.inf,
+    "-inf": -torch.inf,
+}
+LAYOUTS = {
+    "dense": lambda x: x.clone(),
+    "columns first": lambda x: x.mT.contiguous().mT,
+    "rows reversed in memory": lambda x: x.transpose(0, -2).contiguous().transpose(0, -2),
+    "every second column": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+    "every second row": lambda x: x.repeat_interleave(2, dim=0)[::2],
+    "inside a larger matrix": lambda x: torch.nn.functional.pad(x, (3, 2), value=torch.nan)[..., 3:-2],
+    "negative bit": lambda x: torch.complex(torch.zeros_like(x), -x).conj().imag if x.dtype not in HALF else x.clone(),
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a failure prints; `tensors` makes the input of it."""
+
+    shape: tuple[int, ...]  # [N, D] or [B, T, D]
+    options: dict
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)
+    layouts: tuple[str, str] = ("dense", "dense")
+    scales: tuple[float, float] = (1.0, 1.0)
+    distance: float | None = None
+    special: tuple[tuple[str, int, str], ...] = ()
+    """Of pred, target or both, which row becomes what: a key of `SPECIAL`, or "copy" or "opposite" of row 0."""
+    masked: float | None = None
+    """Share of masked rows, which hold NaN."""
+    ids: int | None = None
+    """How many different ones."""
+    extra: int = 0
+    gradients: tuple[str, ...] = ("pred",)
+    incoming: float = 1.0
+    chunk_bytes: int | None = None
+    seed: int = 0
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """The arguments of the loss, laid out as the case says."""
+        pred, target = make_rows(*self.shape, dtype=torch.float64, distance=self.distance, seed=self.seed)
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        rows, dim = pred[..., 0].numel(), self.shape[-1]
+        given: dict[str, Tensor | None] = {"mask": None, "ids": None, "extra": None}
+        sides = {"pred": pred.view(rows, dim), "target": target.view(rows, dim)}
+        for x, scale in zip(sides.values(), self.scales, strict=True):
+            x *= scale
+        for which, row, kind in self.special:
+            for side in ("pred", "target") if which == "both" else (which,):
+                x = sides[side]
+                if kind in ("copy", "opposite"):
+                    x[row % rows] = x[0] if kind == "copy" else -x[0]
+                elif kind in ("nan", "inf", "-inf"):
+                    x[row % rows, row % dim] = SPECIAL[kind]
+                else:
+                    x[row % rows] *= SPECIAL[kind] / x[row % rows].norm().clamp(min=1e-30)
+        if self.masked is not None:
+            given["mask"] = torch.rand(self.shape[:-1], generator=generator) >= self.masked
+            for x in (pred, target):
+                x[~given["mask"]] = torch.nan
+        if self.ids is not None:
+            given["ids"] = torch.randint(0, self.ids, self.shape[:-1], generator=generator)
+        if self.extra:
+            given["extra"] = torch.randn(self.extra, dim, generator=generator).to(self.dtypes[1])
+            given["extra"][0] = 0 if self.seed % 5 == 0 else given["extra"][0]
+        for (name, x), dtype, layout in zip(
+            (("pred", pred), ("target", target)), self.dtypes, self.layouts, strict=True
+        ):
+            given[name] = LAYOUTS[layout](x.to(dtype))
+        return given
+
+
+@st.composite
+def cases(draw) -> Case:
+    """Any case; shrinks to one row in one dimension with one term."""
+    size = st.one_of(st.integers(1, 9), st.integers(1, 70))
+    shape = draw(st.one_of(st.tuples(size), st.tuples(st.integers(1, 9), st.integers(1, 9))))
+    if draw(st.integers(0, 49)) == 49:  # several chunks of rows, and blocks of keys
+        shape = (draw(st.integers(1000, 1100)),)
+    dim = draw(st.one_of(st.integers(1, 9), st.integers(1, 70), st.sampled_from([128, 257])))
+    on = draw(st.lists(st.sampled_from(TERMS), min_size=1, unique=True))
+    off = [term for term in TERMS if term not in on]
+    options = {term: draw(st.sampled_from([1.0, 0.3, 5.0])) if term in on else 0.0 for term in TERMS}
+    options["monitor"] = tuple(draw(st.lists(st.sampled_from(off), unique=True))) if off else ()
+    options["variance_target"] = draw(st.sampled_from([None, None, 0.05, 1.0]))
+    ids, extra = None, 0
+    if "infonce" in (*on, *options["monitor"]):
+        options["temperature"] = draw(st.sampled_from([0.07, 0.3, 0.01, 10.0]))
+        options["direction"] = draw(st.sampled_from(["pred_to_target", "both"]))
+        options["negatives"] = draw(st.sampled_from(["all", "step", "sequence"])) if len(shape) == 2 else "all"
+        options["false_negative_margin"] = draw(st.sampled_from([None, None, 0.05, 0.7, 1.3]))
+        ids = draw(st.sampled_from([None, None, 1, 3, 1000]))
+        options["positives"] = draw(st.sampled_from(["diagonal", "ids"])) if ids else "diagonal"
+        extra = draw(st.sampled_from([0, 0, 1, 5, 80]))
+    dtype = draw(st.sampled_from(DTYPES))
+    other = draw(st.sampled_from(DTYPES)) if draw(st.integers(0, 4)) == 4 else dtype
+    layout = st.sampled_from(list(LAYOUTS)) if draw(st.booleans()) else st.just("dense")
+    which, kinds = st.sampled_from(["pred", "target", "both"]), st.sampled_from(["copy", "opposite", *SPECIAL])
+    special = st.lists(st.tuples(which, st.integers(0, 1100), kinds), max_size=3)
+    leaves = ["pred", "target", *(["extra"] if extra else []), *(["temperature"] if "temperature" in options else [])]
+    return Case(
+        shape=(*shape, dim),
+        options=options,
+        dtypes=(dtype, other),
+        layouts=(draw(layout), draw(layout)),
+        scales=(draw(st.sampled_from(SCALES)), draw(st.sampled_from(SCALES))) if draw(st.booleans()) else (1.0, 1.0),
+        distance=draw(st.sampled_from([None, 0.3, 0.01, 0.0])),
+        special=tuple(draw(special)) if draw(st.booleans()) else (),
+        masked=draw(st.sampled_from([None, None, 0.0, 0.3, 0.9, 1.0])),
+        ids=ids,
+        extra=extra,
+        gradients=tuple(draw(st.lists(st.sampled_from(leaves), unique=True))),
+        incoming=draw(st.sampled_from([1.0, 1024.0])),
+        chunk_bytes=draw(st.sampled_from([None, None, 1, 3000, 100_000])),
+        seed=draw(st.integers(0, 1 << 20)),
+    )
+
+
+@dataclass
+class Result:
+    """What a backend makes of a case."""
+
+    loss: Tensor
+    values: Tensor
+    gradients: dict[str, Tensor]
+    gram: Tensor | None
+    metrics: Tensor
+
+
+def evaluate(case: Case, given: Tensors, backend: str | None, *, double: bool = False) -> Result | None:
+    """Loss, gradients and statistics by a backend; None if it does not serve the case; the definition for None."""
+    leaves = {name: given[name] for name in ("pred", "target", "extra")}
+    if double:
+        leaves = {name: None if x is None else x.double() for name, x in leaves.items()}
+    real = definition.compute_dtype(leaves["pred"], leaves["target"])
+    leaves["temperature"] = None
+    if "temperature" in case.gradients:
+        leaves["temperature"] = torch.tensor(case.options["temperature"], dtype=real)
+        if double:  # the very number that the others got
+            single = definition.compute_dtype(given["pred"], given["target"])
+            leaves["temperature"] = torch.tensor(case.options["temperature"], dtype=single).double()
+    for name in case.gradients:
+        leaves[name] = leaves[name].detach().requires_grad_()
+    tensors = {"mask": given["mask"], "ids": given["ids"], "extra_negatives": leaves["extra"]}
+    tensors["temperature"] = leaves["temperature"]
+    options = LossOptions(**case.options, weighting="fixed", chunk_bytes=case.chunk_bytes)
+    if backend is None:
+        outputs = term_outputs(leaves["pred"], leaves["target"], options, **tensors)
+        values, gram, metrics = outputs
+        loss = torch.dot(values, values.new_tensor(options.lambdas))
+    else:
+        call = Call(leaves["pred"], leaves["target"], options, **tensors)
+        if BACKENDS[backend].why_unsupported(call):
+            return None
+        loss, stats = functional.evaluate(leaves["pred"], leaves["target"], options, backend, **tensors)
+        values, gram, metrics = torch.stack(list(stats.value.values())), stats.gram, stats.metrics
+    found = [None] * len(case.gradients)
+    if loss.requires_grad:
+        wanted = [leaves[name] for name in case.gradients]
+        found = torch.autograd.grad(loss, wanted, loss.new_tensor(case.incoming), allow_unused=True)
+    gradients = {
+        name: torch.zeros_like(leaves[name]) if x is None else x for name, x in zip(case.gradients, found, strict=True)
+    }
+    return Result(loss.detach(), values.detach(), gradients, gram, metrics)
+
+
+class Natural:
+    """What rounding is relative to: the sizes of the numbers that values and gradients are sums of, in float64."""
+
+    def __init__(self, case: Case, given: Tensors):
+        options = LossOptions(**case.options)
+        mask = given["mask"]
+        keep = torch.ones(given["pred"].shape[:-1], dtype=torch.bool) if mask is None else mask
+        p, t = (given[name].double()[keep] for name in ("pred", "target"))
+        n, dim, tau = max(1, len(p)), p.shape[-1], options.temperature
+        columns = torch.ones(len(p), dtype=torch.bool)
+        (mean_p, sd_p), (mean_t, sd_t) = terms.column_moments(p, columns), terms.column_moments(t, columns)
+        (at_p, unit_p), (at_t, unit_t) = (terms.column_moments(terms.normalize(x), columns) for x in (p, t))
+        gamma = unit_t if options.variance_target is None else torch.full_like(unit_t, options.variance_target)
+        logits = 1 / min(1.0, tau)
+        self.values = {
+            "mse": (p - t).square().sum() / (n * dim),
+            "cosine": torch.tensor(1.0),
+            "infonce": torch.tensor(1 + 4 * logits),
+            "moment": (mean_p.abs() + mean_t.abs()).square().mean() + (sd_p + sd_t).square().mean(),
+            "variance": (gamma + unit_p + at_p.abs() + at_t.abs()).mean(),
+        }
+        root = max(1, n - 1) ** 0.5
+        means = 2 / (n * dim) * (mean_p.abs() + mean_t.abs()).norm() * n**0.5
+        self.of: dict[str, dict[str, float]] = {}
+        for name, x in (("pred", p), ("target", t)):
+            norms = x.norm(dim=1)
+            lengths = (1 / norms[norms >= terms.EPS]).norm()
+            spread = unit_p[unit_p > 0].min() if name == "pred" and (unit_p > 0).any() else 1.0
+            self.of[name] = {
+                "mse": 2 / (n * dim) * (p - t).norm(),
+                "cosine": lengths / n,
+                "infonce": (1 + logits) * lengths / (n * tau),
+                "moment": means + 2 / dim * (sd_p + sd_t).norm() / root,
+                "variance": lengths / (dim**0.5 * root) / spread if name == "pred" else 0.0,
+            }
+        if given["extra"] is not None:
+            norms = given["extra"].double().norm(dim=1)
+            self.of["extra"] = {"infonce": (1 + logits) * (1 / norms[norms >= terms.EPS]).norm() / tau}
+        self.of["temperature"] = {"infonce": torch.tensor((1 + logits) / tau**2)}
+        self.options = options
+        # Between infonce and a term of p - t, the Gram matrix loses what p - t loses of a target much shorter than p.
+        ratio = p.norm(dim=1) / t.norm(dim=1).clamp(min=terms.EPS)
+        self.lost = max(1.0, ratio.max().item()) if len(p) else 1.0
+        # Where a derivative jumps, rounding decides on which side: at equal deviations for the hinge, at deviation 0
+        # for moment and variance, at the margin for false negatives.
+        near = (gamma - unit_p).abs() <= 1e-5 * gamma.clamp(min=1e-3)
+        flat = torch.cat([sd_p / (mean_p.abs() + sd_p), sd_t / (mean_t.abs() + sd_t)]) < 1e-3
+        self.kink = len(p) > 1 and (
+            ("variance" in options.terms and bool((near | (unit_p < 1e-3)).any()))
+            or ("moment" in options.terms and bool(flat.any()))
+        )
+        margin = options.false_negative_margin
+        if margin is not None and len(p):
+            keys = t if given["extra"] is None else torch.cat([t, given["extra"].double()])
+            gaps = 1 - terms.normalize(t) @ terms.normalize(keys).T - margin
+            self.kink = self.kink or bool((gaps.abs() < 1e-5).any())
+        # Of a row that is not finite every size is nan, and so is every term but one that does not look at it.
+        self.values = {term: size if size.isfinite() else torch.tensor(1.0) for term, size in self.values.items()}
+        self.long = bool((torch.cat([p, t]).abs() > LONG).any())
+        self.finite = bool(torch.cat([p, t]).isfinite().all())
+
+    def loss(self) -> float:
+        """Of the weighted sum of the terms."""
+        return sum(getattr(self.options, term) * float(self.values[term]) for term in self.options.enabled)
+
+    def gradient(self, leaf: str) -> float:
+        """Norm, of the weighted sum."""
+        of = self.of[leaf]
+        return sum(getattr(self.options, term) * float(of.get(term, 0.0)) for term in self.options.enabled)
+
+
+def top1_range(case: Case, given: Tensors, eps: float) -> tuple[float, float]:
+    """The share of rows that are retrieved, if those whose lead is within rounding count as misses, or as hits."""
+    options = LossOptions(**case.options)
+    mask = torch.ones(case.shape[:-1], dtype=torch.bool) if given["mask"] is None else given["mask"]
+    rows = [torch.where(mask.unsqueeze(-1), given[name].double(), 0) for name in ("pred", "target")]
+    ids, extra = given["ids"], None if given["extra"] is None else given["extra"].double()
+    pred, target, group_mask = (definition.to_groups(x, options.negatives, mask.dim()) for x in (*rows, mask))
+    valid, positive = terms.key_sets(
+        target,
+        group_mask,
+        ids=None if ids is None else definition.to_groups(ids, options.negatives, mask.dim()),
+        extra_negatives=extra,
+        positives_by_id=options.positives == "ids",
+        false_negative_margin=options.false_negative_margin,
+    )
+    cosines = terms.infonce_logits(pred, target, valid, 1.0, extra_negatives=extra)
+    best, rival = (cosines.masked_fill(~keys, -torch.inf).amax(dim=2) for keys in (positive, valid & ~positive))
+    lead, count = (best - rival)[group_mask], max(1, int(mask.sum()))
+    return float((lead > 64 * eps).sum()) / count, float((lead > -64 * eps).sum()) / count
+
+
+def check(case: Case, names: list[str] | None = None) -> None:
+    """AssertionError naming backend and quantity where a backend disagrees."""
+    given = case.tensors()
+    truth, plain = evaluate(case, given, None, double=True), evaluate(case, given, None)
+    natural = Natural(case, given)
+    for name in contenders() if names is None else names:
+        ours = evaluate(case, given, name)
+        if ours is None:
+            notes[f"{name} does not serve it"] += 1
+            continue
+        compare(case, given, natural, name, ours, plain, truth)
+
+
+def compare(case, given, natural: Natural, name: str, ours: Result, plain: Result, truth: Result) -> None:
+    """`ours` by the two rules of this module."""
+    eps = torch.finfo(plain.loss.dtype).eps
+
+    def agree(what, got, same, true, size, own=0.0):
+        assert got.shape == true.shape, f"{name}: shape of {what}"
+        got, same, true = got.double(), same.double(), true.double()
+        if not true.isfinite().all():
+            assert not got.isfinite().all(), f"{name}: {what} is finite, {got}, the truth is not"
+            return
+        if not got.isfinite().all():
+            assert natural.long, f"{name}: {what} is not finite, the truth is {true}"
+            return
+        error, theirs = (got - true).norm().item(), (same - true).norm().item()
+        allowed = 2 * (theirs if same.isfinite().all() else 0.0) + FLOOR * eps * size + own
+        assert error <= allowed, f"{name}: {what} is off by {error:.3g}, allowed {allowed:.3g}, of {true.norm():.3g}"
+
+    agree("loss", ours.loss, plain.loss, truth.loss, natural.loss() + truth.loss.abs().item())
+    for at, term in enumerate(natural.options.terms):
+        size = float(natural.values[term]) + truth.values[at].abs().item()
+        agree(f"the value of {term}", ours.values[at], plain.values[at], truth.values[at], size)
+    if not natural.finite:
+        notes["a row that counts is not finite"] += 1
+        if truth.loss.isfinite():
+            notes["not finite, and nothing to the loss"] += 1
+        return
+    masked = None if given["mask"] is None else ~given["mask"]
+    for leaf, gradient in ours.gradients.items():
+        true = truth.gradients[leaf]
+        if leaf != "temperature":
+            assert gradient.dtype == given[leaf].dtype, f"{name}: dtype of the gradient of {leaf}"
+        if leaf in ("pred", "target") and masked is not None:
+            assert not gradient[masked].any(), f"{name}: a masked row of {leaf} has a gradient"
+        info = torch.finfo(gradient.dtype)
+        if true.numel() and true.abs().max() >= info.max:
+            notes["the true gradient is too large for its dtype"] += 1
+            continue
+        if natural.kink:
+            notes["at a kink"] += 1
+            assert natural.long or gradient.isfinite().all(), f"{name}: the gradient of {leaf} is not finite"
+            continue
+        own = info.eps * true.norm().item() + info.smallest_normal * info.eps * true.numel() ** 0.5
+        size = case.incoming * natural.gradient(leaf) + true.norm().item()
+        agree(f"the gradient of {leaf}", gradient, plain.gradients[leaf], true, size, own if info.bits == 16 else 0.0)
+    assert (ours.gram is None) == (truth.gram is None), f"{name}: Gram matrix"
+    if ours.gram is not None and not natural.kink:
+        norms = torch.tensor(
+            [
+                float(natural.of["pred"][term]) if term in natural.options.enabled else 0.0
+                for term in natural.options.terms
+            ],
+            dtype=torch.float64,
+        )
+        scale = (norms.unsqueeze(1) * norms).clamp(min=1e-300)
+        for at in range(len(norms)):
+            for to in range(at + 1):
+                size = 4 * scale[at, to].item() * (natural.lost if at != to else 1.0)
+                agree(
+                    f"<{natural.options.terms[at]}, {natural.options.terms[to]}>",
+                    ours.gram[at, to],
+                    plain.gram[at, to],
+                    truth.gram[at, to],
+                    size,
+                )
+    lengths = [x.item() for x in truth.metrics]
+    for at, size in ((0, 1.0), (2, lengths[2] + 1), (3, lengths[3]), (4, lengths[4])):
+        agree(f"metric {at}", ours.metrics[at], plain.metrics[at], truth.metrics[at], size)
+    if "infonce" in natural.options.terms:
+        least, most = top1_range(case, given, eps)
+        top1 = ours.metrics[1].item()
+        assert natural.long or least - 1e-6 <= top1 <= most + 1e-6, f"{name}: top1 is {top1}, not in [{least}, {most}]"
+
+
+def contenders() -> list[str]:
+    """The backends that are compared here."""
+    return [name for name in BACKENDS if name != "reference" and not BACKENDS[name].why_unavailable()]
