@@ -4,6 +4,7 @@
 #   make test    the test suite              make test-full     the same on the full grid of shapes
 #   make lint    ruff                        make test-install  install into a fresh environment and test that
 #   make bench   speed and memory against eager PyTorch, torch.compile and other libraries
+#   make test-simt, test-simt-asan, test-simt-tsan   the CUDA kernels on the CPU: values, addresses, races (tests/simt)
 #   make fuzz    10,000 generated inputs compared with the reference, and thousands of wrong arguments and damaged files
 #   make test-distributed, make bench-ring   the loss over several processes, and its peak memory
 #   make build   environment and extension   make clean         remove all that was made
@@ -13,21 +14,30 @@ BIN := $(VENV)/bin
 CASES ?= 10000
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-full test-distributed fuzz test-install lint bench bench-ring build clean
+.PHONY: demo test test-full test-distributed test-install test-simt test-simt-asan test-simt-tsan fuzz lint bench bench-ring build clean
 
 demo: build
 	$(BIN)/amn-kernels demo --overwrite
 
 # Threads that wait without spinning: on a busy machine a spinning one keeps the one it waits for from running.
-test test-full test-distributed fuzz: export OMP_WAIT_POLICY = passive
+test test-full test-distributed test-simt fuzz: export OMP_WAIT_POLICY = passive
 test: build
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --ignore=tests/simt
 
 test-full: build
 	$(BIN)/python -m pytest tests --full
 
 test-distributed: build
 	$(BIN)/python -m pytest tests/test_distributed.py
+
+test-simt: build
+	$(BIN)/python -m pytest tests/simt -m "not asan and not tsan"
+
+test-simt-asan: build
+	$(BIN)/python -m pytest tests/simt -m asan
+
+test-simt-tsan: build
+	$(BIN)/python -m pytest tests/simt -m tsan
 
 fuzz: build
 	cd tests && ../$(BIN)/python -m fuzz --cases $(CASES)

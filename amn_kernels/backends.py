@@ -74,7 +74,7 @@ def _cpu_unsupported(call: Call) -> str | None:
 
 def _cpu_run(call: Call) -> Outcome:
     if call.options.over_ranks:
-        return _weighted(call, distributed.term_outputs(call))
+        return weighted(call, distributed.term_outputs(call))
     loss, outputs = ops.seq_loss(
         call.pred,
         call.target,
@@ -85,7 +85,7 @@ def _cpu_run(call: Call) -> Outcome:
         call.extra_negatives,
         call.ids,
     )
-    return Outcome(loss, outputs, call.weights) if call.weighting is None else _weighted(call, outputs)
+    return Outcome(loss, outputs, call.weights) if call.weighting is None else weighted(call, outputs)
 
 
 def _triton_unsupported(call: Call) -> str | None:
@@ -102,9 +102,11 @@ def _triton_unsupported(call: Call) -> str | None:
 
 def _triton_run(call: Call) -> Outcome:
     if call.options.over_ranks:
-        return _weighted(call, distributed.term_outputs(call))
-    from amn_kernels.triton import backend
+        return weighted(call, distributed.term_outputs(call))
+    from amn_kernels.triton import backend, small_groups
 
+    if small_groups.why_unsupported(call) is None:
+        return small_groups.run(call)
     outputs = backend.term_outputs(
         call.pred,
         call.target,
@@ -114,10 +116,10 @@ def _triton_run(call: Call) -> Outcome:
         extra_negatives=call.extra_negatives,
         ids=call.ids,
     )
-    return _weighted(call, outputs)
+    return weighted(call, outputs)
 
 
-def _weighted(call: Call, outputs: TermOutputs) -> Outcome:
+def weighted(call: Call, outputs: TermOutputs) -> Outcome:
     """The outcome where weights and loss are computed outside the op."""
     weights = call.weights if call.weighting is None else call.weighting(outputs.values.detach(), outputs.gram)
     return Outcome(torch.dot(outputs.values, weights), outputs, weights)
@@ -137,7 +139,7 @@ def _reference_run(call: Call) -> Outcome:
         extra_negatives=call.extra_negatives,
         ids=call.ids,
     )
-    return _weighted(call, outputs)
+    return weighted(call, outputs)
 
 
 BACKENDS = {

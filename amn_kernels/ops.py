@@ -28,7 +28,7 @@ def cpu_isa() -> str:
 
 
 _TERM_IDS = {term: index for index, term in enumerate(TERMS)}  # enum Term in csrc/primitives.h
-_NEGATIVES = {"all": 0, "step": 1, "sequence": 2}  # enum Negatives in csrc/seq_loss.cpp, as the next
+NEGATIVES = {"all": 0, "step": 1, "sequence": 2}  # enum Negatives in csrc/seq_loss.cpp, as the next
 _NEEDS_PRED, _NEEDS_TARGET, _NEEDS_EXTRA, _NEEDS_TEMPERATURE = 1, 2, 4, 8  # enum Needs
 
 
@@ -64,7 +64,7 @@ def choices_of(options: LossOptions) -> tuple:
         [_TERM_IDS[term] for term in options.monitor],
         options.temperature,
         options.direction == "both",
-        _NEGATIVES[options.negatives],
+        NEGATIVES[options.negatives],
         options.positives == "ids",
         -1.0 if options.false_negative_margin is None else options.false_negative_margin,
         -1.0 if options.variance_target is None else options.variance_target,
@@ -82,7 +82,7 @@ def options_of(
         monitor=monitor,
         temperature=temperature,
         direction="both" if both else "pred_to_target",
-        negatives=list(_NEGATIVES)[negatives],
+        negatives=list(NEGATIVES)[negatives],
         positives="ids" if positives_by_id else "diagonal",
         false_negative_margin=None if margin < 0 else margin,
         variance_target=None if variance_target < 0 else variance_target,

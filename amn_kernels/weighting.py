@@ -66,10 +66,7 @@ class BalancedWeighting(nn.Module):
 
         Without a Gram matrix (no gradients were asked for), gradient weights come from the state as it is.
         """
-        if values.device != self.mean.device:
-            raise ValueError(
-                f"the loss is on {self.mean.device}, pred on {values.device}: move it with .to({str(values.device)!r})"
-            )
+        self.check_device(values.device)
         return _step_for(values.device)(
             values,
             gram,
@@ -85,6 +82,11 @@ class BalancedWeighting(nn.Module):
             self.kind == "value",
             self.training,
         )
+
+    def check_device(self, device: torch.device) -> None:
+        """Raises ValueError if the state is elsewhere."""
+        if device != self.mean.device:
+            raise ValueError(f"the loss is on {self.mean.device}, pred on {device}: move it with .to({str(device)!r})")
 
     def _apply(self, fn, recurse=True):
         # `.half()` and the like convert floating buffers; running squares of norms would overflow or vanish there.

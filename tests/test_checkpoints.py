@@ -1,6 +1,10 @@
 """Checkpoints: the round trip, rotation, kills at any moment, damage, and the probe that knows an architecture."""
 
+import itertools
 import os
+import random
+import signal
+import time
 
 import pytest
 import torch
@@ -84,47 +88,46 @@ def test_damage_is_an_error_that_names_the_file(tmp_path, name, damage):
         load_checkpoint(newest_checkpoint(tmp_path))
 
 
-KILLS = """
-import os, pathlib, signal, sys, time, torch
-from amn_kernels.train.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
-
-folder, last = pathlib.Path(sys.argv[1]), 0
-torch.set_num_threads(1)  # a forked child has no thread pool
-for kill in range(60):
-    ready, tell = os.pipe()
-    child = os.fork()
-    if child == 0:
-        step = last
-        while True:
-            step += 1
-            state = {"step": step, "weights": torch.full((200, 500), float(step))}
-            save_checkpoint(folder, step, state, keep=2)
+def save_forever(folder, last, tell):
+    """The child of a test: saves step after step and tells each one that is done."""
+    try:
+        # A fork has none of the pool's threads, and would wait for them.
+        torch.set_num_threads(1)
+        for step in itertools.count(last + 1):
+            save_checkpoint(folder, step, {"step": step, "weights": torch.full((200, 500), float(step))}, keep=2)
             os.write(tell, step.to_bytes(8, "little"))
-    os.read(ready, 8)  # one is done; from here on the child is in the middle of another
-    time.sleep(kill * 0.0002)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    os.close(tell)
-    told = last
-    while data := os.read(ready, 8):
-        told = int.from_bytes(data, "little")
-    os.close(ready)
-    state = load_checkpoint(newest_checkpoint(folder))
-    assert state["step"] >= max(told, last + 1)
-    assert (state["weights"] == state["step"]).all()
-    last = state["step"]
-save_checkpoint(folder, last + 1, {"step": last + 1}, keep=2)
-assert len(list(folder.iterdir())) == 2  # what the killed ones left is gone
-"""
+    finally:
+        os._exit(1)  # never back into the tests
 
 
-def test_kills_at_any_moment_lose_nothing(tmp_path, run_python):
-    """A child saves step after step until it is killed, 60 times, each a little later in a save than the last one.
-
-    In an interpreter of its own: forked from one that has computed with threads, the child would wait for them forever.
-    """
-    result = run_python(KILLS, tmp_path)
-    assert result.returncode == 0, result.stderr
+def test_kills_at_random_moments_lose_nothing(tmp_path):
+    """A child saves until it is killed, 60 times, at a random moment of the second to third save."""
+    began = time.perf_counter()
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"step": step, "weights": torch.zeros(200, 500)}, keep=2)
+    seconds = (time.perf_counter() - began) / 2
+    moments, last, cut_short = random.Random(0), 2, 0
+    for _ in range(60):
+        told, tell = os.pipe()
+        child = os.fork()
+        if child == 0:
+            save_forever(tmp_path, last, tell)
+        os.close(tell)
+        done = [os.read(told, 8)]
+        time.sleep(moments.uniform(0, 2 * seconds))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        while data := os.read(told, 8):
+            done.append(data)
+        os.close(told)
+        cut_short += any(tmp_path.glob(".step-*"))
+        state = load_checkpoint(newest_checkpoint(tmp_path))
+        assert state["step"] >= int.from_bytes(done[-1], "little") > last
+        assert (state["weights"] == state["step"]).all()
+        last = state["step"]
+    assert cut_short > 20  # most kills were in the middle of a save, before its rename or while old ones went
+    save_checkpoint(tmp_path, last + 1, state_of(last + 1), keep=2)
+    assert len(list(tmp_path.iterdir())) == 2  # what the killed ones left is gone
 
 
 def randomised(model):

@@ -128,20 +128,20 @@ def run(case, options, pred, target, tensors, compute):
     return loss.detach(), gradients, gram, metrics
 
 
-@pytest.mark.parametrize("case", sample(COUNT), ids=label)
-def test_combination(case):
+def check(case, backend):
+    """Value, gradients, Gram matrix and metrics of a backend against the plain definition in float64."""
     options = options_of(case)
     pred, target, tensors = inputs_of(case)
     checked = LossOptions(**options)
 
-    def compiled(pred, target, temperature, tensors):
+    def fused(pred, target, temperature, tensors):
         if tensors.get("extra_negatives") is not None and "infonce" not in checked.terms:
             tensors = {name: x for name, x in tensors.items() if name != "extra_negatives"}
         loss, stats = functional.evaluate(
             pred,
             target,
             LossOptions(**options, chunk_bytes=case["chunk_bytes"]),
-            "cpu",
+            backend,
             temperature=temperature,
             **tensors,
         )
@@ -151,7 +151,7 @@ def test_combination(case):
         outputs = term_outputs(pred, target, checked, temperature=temperature, **tensors)
         return outputs.values @ outputs.values.new_tensor(checked.lambdas), outputs.gram, outputs.metrics
 
-    loss, gradients, gram, metrics = run(case, options, pred, target, tensors, compiled)
+    loss, gradients, gram, metrics = run(case, options, pred, target, tensors, fused)
     double = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
     true_loss, true_gradients, true_gram, true_metrics = run(
         case, options, pred.double(), target.double(), double, plain
@@ -171,3 +171,8 @@ def test_combination(case):
         scale = (norms.unsqueeze(1) * norms).clamp(min=1e-30)
         assert ((gram.double() - true_gram).abs() / scale).max() <= 10 * tolerance
     assert relative_error(metrics, true_metrics) <= tolerance
+
+
+@pytest.mark.parametrize("case", sample(COUNT), ids=label)
+def test_combination(case):
+    check(case, "cpu")

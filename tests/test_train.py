@@ -12,12 +12,16 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from amn_kernels import FusedSeqLoss
+from amn_kernels.data import split_windows
 from amn_kernels.train import runs, trainer
 from amn_kernels.train.checkpoints import check_probe, load_checkpoint, newest_checkpoint
 from amn_kernels.train.config import TrainConfig
 from amn_kernels.train.models import Predictor
+from amn_kernels.train.ranks import Ranks
 from amn_kernels.train.runs import interrupts_deferred, load_history, load_run, prepare_folder, write_atomically
-from amn_kernels.train.trainer import make_batches, train
+from amn_kernels.train.trainer import train
+from amn_kernels.train.training import make_batches, make_training
 
 RUN_FILES = ["best.safetensors", "checkpoints", "config.json", "history.jsonl", "last.safetensors"]
 
@@ -167,11 +171,11 @@ def test_an_epoch_takes_one_clipped_gradient_step_a_batch(data):
     torch.manual_seed(0)
     trained, expected = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(40, 8)) for _ in range(2))
     expected.load_state_dict(trained.state_dict())
-    training = trainer.make_training(TrainConfig(clip_norm=0.01), windows, torch.device("cpu"), trainer.Ranks(), 3)
+    training = make_training(TrainConfig(clip_norm=0.01), windows, split_windows(windows), torch.device("cpu"), Ranks())
     training.model = training.running = trained
     training.optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
-    training.criterion = trainer.FusedSeqLoss(mse=1.0, weighting="fixed")
-    assert list(trainer.train_epoch(training, batches, iter(range(3)))) == [1, 2, 3]
+    training.criterion = FusedSeqLoss(mse=1.0, weighting="fixed")
+    assert list(trainer.train_epoch(training, batches)) == [1, 2, 3]
     for rows in batches:
         context, target = windows.batch(rows)
         gradients = torch.autograd.grad(torch.nn.functional.mse_loss(expected(context), target), expected.parameters())
@@ -183,10 +187,33 @@ def test_an_epoch_takes_one_clipped_gradient_step_a_batch(data):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("count", [6, 7])
+def test_accumulated_batches_step_like_their_mean(data, count):
+    """Also where the last update of an epoch is of fewer batches: 7 by threes."""
+    windows = trainer.load_windows(data)
+    batches = make_batches(np.arange(16 * count), 16)
+    config = TrainConfig(accumulate=3, clip_norm=1e6)
+    training = make_training(config, windows, split_windows(windows), torch.device("cpu"), Ranks())
+    model, expected = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(40, 8)) for _ in range(2))
+    expected.load_state_dict(model.state_dict())
+    training.model = training.running = model
+    training.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    training.criterion = FusedSeqLoss(mse=1.0, weighting="fixed")
+    assert list(trainer.train_epoch(training, batches)) == list(range(1, -(-count // 3) + 1))
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
+    for first in range(0, count, 3):
+        optimizer.zero_grad()
+        context, target = windows.batch(np.concatenate(batches[first : first + 3]))
+        torch.nn.functional.mse_loss(expected(context), target).backward()
+        optimizer.step()
+    for left, right in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+
+
 def test_every_epoch_takes_the_training_windows_in_a_new_order(data, tmp_path, monkeypatch):
     epochs = []
 
-    def record(training, batches, numbers):
+    def record(training, batches):
         epochs.append(np.concatenate(list(batches)))
         return []
 
@@ -431,6 +458,16 @@ def test_every_option_reaches_the_loss_and_the_optimiser(data, tmp_path):
         (row,) = train(config_of(data, tmp_path / name, **common, **changes), quiet())
         losses.append((row["loss_mse"], row["loss_infonce"]))
     assert len(set(losses)) == len(losses)
+
+
+def test_a_compiled_model_trains_like_the_plain_one(data, tmp_path):
+    histories = [
+        train(config_of(data, tmp_path / str(compiled), epochs=2, lambda_info=0.3, compile=compiled), quiet())
+        for compiled in (False, True)
+    ]
+    for plain, compiled in zip(*histories, strict=True):
+        assert compiled["validation_cosine"] == pytest.approx(plain["validation_cosine"], abs=1e-4)
+    load_run(tmp_path / "True")  # its weights have the plain model's names
 
 
 def test_unknown_device_is_refused(data, tmp_path):

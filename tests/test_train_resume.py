@@ -2,9 +2,12 @@
 
 import dataclasses
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,13 +16,18 @@ from safetensors.torch import load_file
 from test_train import config_of, data, one_thread, quiet  # noqa: F401  fixtures
 
 from amn_kernels.train import trainer
-from amn_kernels.train.models import Predictor
+from amn_kernels.train.models import MODELS, Predictor
+from amn_kernels.train.replay import AMNTwin
 from amn_kernels.train.runs import load_history
 from amn_kernels.train.trainer import train
 
 
 class KilledError(BaseException):
     """In place of kill -9: nothing of the training can catch it."""
+
+
+def die(*_):
+    raise KilledError
 
 
 def killed_after(updates, config, monkeypatch):
@@ -90,6 +98,74 @@ def test_other_options_are_refused_by_name(data, tmp_path):  # noqa: F811
         ValueError, match=r"can't be resumed: the run was started with other options: lr 0.002, now 0.1"
     ):
         train(dataclasses.replace(config, lr=0.1, epochs=2, resume=True), quiet())
+
+
+def test_another_architecture_of_the_same_shapes_is_refused(data, tmp_path, monkeypatch):  # noqa: F811
+    config = config_of(data, tmp_path / "run", epochs=1, lr=0.01)
+    train(config, quiet())
+    monkeypatch.setitem(MODELS, "amn", AMNTwin)
+    with pytest.raises(ValueError, match="can't be resumed: its model: the weights fit AMNTwin in name and shape, but"):
+        train(dataclasses.replace(config, epochs=2, resume=True), quiet())
+
+
+@pytest.mark.parametrize("moment", ["in the first epoch", "between the first epoch's files and its checkpoint"])
+def test_a_run_killed_before_its_first_checkpoint_starts_again(data, tmp_path, monkeypatch, moment):  # noqa: F811
+    whole = config_of(data, tmp_path / "whole", epochs=2)
+    train(whole, quiet())
+    broken = dataclasses.replace(whole, out=tmp_path / "broken")
+    if moment == "in the first epoch":
+        killed_after(3, broken, monkeypatch)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "save", die)
+            with pytest.raises(KilledError):
+                train(broken, quiet())
+    train(dataclasses.replace(broken, resume=True), quiet())
+    same_course(whole.out, broken.out)
+    shutil.rmtree(broken.out / "checkpoints")
+    with pytest.raises(FileExistsError, match="isn't empty"):  # a run of several epochs isn't given up so
+        train(dataclasses.replace(broken, resume=True), quiet())
+
+
+def train_and_tell(config, tell):
+    """The child of a test: trains and tells each checkpoint that it has saved."""
+    save = trainer.save
+
+    def saving(training):
+        save(training)
+        os.write(tell, b"s")
+
+    trainer.save = saving
+    try:
+        train(config, quiet())
+    finally:
+        os._exit(1)  # never back into the tests
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_kills_at_50_random_moments_do_not_change_the_course(data, tmp_path):  # noqa: F811
+    """kill -9 in updates, in saves of checkpoints and of an epoch's files; the run is resumed after each."""
+    # 14 updates and as many saves an epoch; each life makes a save at least.
+    whole = config_of(data, tmp_path / "whole", epochs=14, lambda_info=0.3, checkpoint_every=1, keep=1, patience=0)
+    began = time.perf_counter()
+    train(whole, quiet())
+    update = (time.perf_counter() - began) / (14 * 14)
+    broken = dataclasses.replace(whole, out=tmp_path / "broken", resume=True)
+    moments = random.Random(0)
+    for _ in range(50):
+        told, tell = os.pipe()
+        child = os.fork()
+        if child == 0:
+            train_and_tell(broken, tell)
+        os.close(tell)
+        assert os.read(told, 1) == b"s"
+        time.sleep(moments.uniform(0, 2 * update))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(told)
+    assert 1 < len(load_history(broken.out)) < 14
+    train(broken, quiet())
+    same_course(whole.out, broken.out)
 
 
 def test_resume_without_a_run_starts_one(data, tmp_path):  # noqa: F811

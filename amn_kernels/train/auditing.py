@@ -9,7 +9,7 @@ import torch
 from amn_kernels.audit import AuditReport, audit
 from amn_kernels.data import load_windows, split_windows
 from amn_kernels.train.config import LossConfig
-from amn_kernels.train.trainer import make_batches
+from amn_kernels.train.training import make_batches
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def probe_tensors(model: nn.Module, contexts: Tensor) -> dict[str, Tensor]:
     return {"probe.context": contexts.cpu().contiguous(), "probe.prediction": _predict(model, contexts)}
 
 
-def check_probe(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def check_probe(where: Path | str, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The model's weights without the probe; loads them and recomputes the probe.
 
     Raises ValueError if weights don't fit, or fit by name and shape only: another class with the same parameters makes
@@ -100,10 +100,10 @@ def check_probe(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> dic
         found = _predict(model, contexts)
         off = ((found - wanted).norm() / wanted.norm().clamp(min=1e-12)).item()
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{path}: damaged, or not of this model ({error})") from error
+        raise ValueError(f"{where}: damaged, or not of this model ({error})") from error
     if not off <= 1e-3:
         raise ValueError(
-            f"{path}: the weights fit {type(model).__name__} in name and shape, but its predictions are off by "
+            f"{where}: the weights fit {type(model).__name__} in name and shape, but its predictions are off by "
             f"{off:.0%} from those that were saved with them: they belong to another architecture"
         )
     return weights

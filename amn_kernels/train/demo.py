@@ -16,7 +16,8 @@ from amn_kernels.train.baselines import MEAN, Predictor
 from amn_kernels.train.config import TrainConfig
 from amn_kernels.train.evaluate import Evaluation, compare, metrics_table
 from amn_kernels.train.runs import load_history, load_run, prepare_folder
-from amn_kernels.train.trainer import make_batches, train
+from amn_kernels.train.trainer import train
+from amn_kernels.train.training import make_batches
 
 # Half a minute a run. One thread: two save seconds on an idle machine, but on a busy one they wait for each other for
 # minutes. No early stopping, so that the plot shows whole curves.

@@ -5,7 +5,6 @@ trained again, so an interrupted replay goes on where it stopped, and a longer o
 """
 
 import dataclasses
-import inspect
 import json
 import os
 import platform
@@ -25,7 +24,7 @@ from amn_kernels.train.comparison import SUFFIX, WRONG_LOADER, comparison_table,
 from amn_kernels.train.config import TrainConfig
 from amn_kernels.train.demo import GRADIENT, MSE_ONLY, RUNS, SETTINGS, DemoRun
 from amn_kernels.train.evaluate import EvaluationSet, Figures, evaluation_sets, without_nan
-from amn_kernels.train.models import AMN, MODELS
+from amn_kernels.train.models import AMN, MODELS, takes_residual
 from amn_kernels.train.runs import load_history, load_run, write_atomically
 from amn_kernels.train.trainer import train
 
@@ -164,7 +163,7 @@ def _trainings(config: ReplayConfig) -> list[tuple[DemoRun, TrainConfig]]:
         plan = config.plan(model)
         for seed in plan.seeds:
             for run in REPLAYED:
-                for residual in (False, True) if run.name in ON_THE_MEAN and _takes_residual(model) else (False,):
+                for residual in (False, True) if run.name in ON_THE_MEAN and takes_residual(model) else (False,):
                     options = {"model": model, "epochs": plan.epochs, "lr": plan.lr, "seed": seed, "residual": residual}
                     folder = f"{model}-on-mean" if residual else model
                     out = config.out / folder / run.folder / f"seed-{seed}"
@@ -172,10 +171,6 @@ def _trainings(config: ReplayConfig) -> list[tuple[DemoRun, TrainConfig]]:
                     trainings.append((run, dataclasses.replace(settings, **options | run.options)))
     # Added to the mean last, so that the runs of the original comparison are there first.
     return sorted(trainings, key=lambda training: training[1].residual)
-
-
-def _takes_residual(model: str) -> bool:
-    return "residual" in inspect.signature(MODELS[model]).parameters
 
 
 def _run(run: DemoRun, options: TrainConfig, sets: dict[str, EvaluationSet], path: Path) -> list[dict]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from amn_kernels.train.checkpoints import check_probe, probe_tensors
 from amn_kernels.train.config import TrainConfig
+from amn_kernels.train.logs import TENSORBOARD
 
 CONFIG, HISTORY, BEST, LAST = "config.json", "history.jsonl", "best.safetensors", "last.safetensors"
 CHECKPOINTS = "checkpoints"
@@ -64,17 +65,22 @@ def interrupts_deferred() -> Iterator[list]:
         raise KeyboardInterrupt
 
 
-def prepare_folder(out: Path, overwrite: bool) -> None:
-    """Makes the folder. FileExistsError if it isn't empty and `overwrite` is off; else an earlier run's files go."""
+def prepare_folder(out: Path, overwrite: bool, resume: bool = False) -> None:
+    """Makes the folder. FileExistsError if it isn't empty and `overwrite` is off; else an earlier run's files go.
+
+    resume: a run in it that was killed before its first checkpoint goes too, as it has nothing to go on from.
+    """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file, --out needs a folder")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    started = resume and (out / CONFIG).is_file() and (not (out / HISTORY).is_file() or len(load_history(out)) < 2)
+    if out.is_dir() and any(out.iterdir()) and not (overwrite or started):
         raise FileExistsError(f"{out} isn't empty: choose another --out, or --overwrite to replace the run in it")
     out.mkdir(parents=True, exist_ok=True)
     # An old checkpoint beside a new config would pass for the new run's.
     for name in (CONFIG, HISTORY, BEST, LAST):
         (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    for name in (CHECKPOINTS, TENSORBOARD):
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def save_config(out: Path, config: TrainConfig, dim: int, context: int) -> None:

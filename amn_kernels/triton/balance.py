@@ -22,20 +22,12 @@ def at_anchor(x, term, anchor):
     return tl.sum(tl.where(term == anchor, x, 0), axis=0)
 
 
-@triton.jit(do_not_specialize=["update_every"])
-def balance_kernel(
-    observed,  # values [m], or the Gram matrix [m, m], or None
-    mean,  # [m] float32, in place, as the next three
-    updates,  # [m] int64
-    calls,  # [] int64
-    skipped,  # [m] int64
-    lambdas,  # [m] float64
-    most,  # [m] float32
-    weights,  # [m] float32, out
-    decay: tl.float64, log_decay: tl.float64, update_every, m, step, anchor: tl.constexpr, BY_VALUE: tl.constexpr,
-    UPDATE: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def balanced_weights(
+    observed, mean, updates, calls, skipped, lambdas, most, weights, decay, log_decay, update_every, m, step,
+    anchor: tl.constexpr, BY_VALUE: tl.constexpr, UPDATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program for all terms."""
+    """Updates the state and fills the weights; the arguments are those of `balance_kernel`."""
     term = tl.arange(0, BLOCK)
     inside = term < m
     average, seen = tl.load(mean + term, mask=inside, other=0.0), tl.load(updates + term, mask=inside, other=0)
@@ -67,3 +59,23 @@ def balance_kernel(
     has_state = (seen > 0) & (at_anchor(seen, term, anchor) > 0) & (term != anchor)
     ratio = tl.where(has_state, ratio, 1.0)
     tl.store(weights + term, (weight * ratio).to(tl.float32), mask=inside)
+
+
+@triton.jit(do_not_specialize=["update_every"])
+def balance_kernel(
+    observed,  # values [m], or the Gram matrix [m, m], or None
+    mean,  # [m] float32, in place, as the next three
+    updates,  # [m] int64
+    calls,  # [] int64
+    skipped,  # [m] int64
+    lambdas,  # [m] float64
+    most,  # [m] float32
+    weights,  # [m] float32, out
+    decay: tl.float64, log_decay: tl.float64, update_every, m, step, anchor: tl.constexpr, BY_VALUE: tl.constexpr,
+    UPDATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program for all terms."""
+    balanced_weights(
+        observed, mean, updates, calls, skipped, lambdas, most, weights, decay, log_decay, update_every, m, step,
+        anchor, BY_VALUE, UPDATE, BLOCK,
+    )  # fmt: skip

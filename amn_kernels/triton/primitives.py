@@ -260,7 +260,8 @@ class TritonPrimitives:
         launch(
             row_combine_kernel,
             triton.cdiv(count, tile.rows),
-            *(grad_values, pred, target, attention if has_attention else None, columns if has_columns else None),
+            *(None, None, grad_values, pred, target),
+            *(attention if has_attention else None, columns if has_columns else None),
             *(rows, tau.learned, grad, tau.number, count, size, dim, *strides(pred), *strides(target)),
             *(*(strides(attention) if has_attention else (0, 0)), *strides(grad), rows.stride(0)),
             **places,

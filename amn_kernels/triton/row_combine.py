@@ -20,26 +20,29 @@ from amn_kernels.triton.scalars import (
 
 
 @triton.jit
-def incoming(grad_values, at: tl.constexpr):
-    """Gradient of a term's value, by its place among them; 0 for a term that sends none."""
-    weight = 0.0
+def incoming(grad_loss, weights, grad_values, at: tl.constexpr):
+    """Gradient of a term's value, by its place: through the loss and its own; 0 for a term that sends none."""
+    gradient = tl.full([], 0.0, tl.float64)
     if at >= 0:
-        weight = tl.load(grad_values + at)
-    return weight.to(tl.float64) if at >= 0 else tl.full([], 0.0, tl.float64)
+        if grad_loss is not None:
+            gradient += tl.load(grad_loss).to(tl.float64) * tl.load(weights + at).to(tl.float64)
+        if grad_values is not None:
+            gradient += tl.load(grad_values + at).to(tl.float64)
+    return gradient
 
 
 @triton.jit
 def coefficients(
-    grad_values, rows, stride, i, counts, dim, tau, MSE: tl.constexpr, COSINE: tl.constexpr, INFONCE: tl.constexpr,
-    VARIANCE: tl.constexpr,
+    grad_loss, weights, grad_values, rows, stride, i, counts, dim, tau, MSE: tl.constexpr, COSINE: tl.constexpr,
+    INFONCE: tl.constexpr, VARIANCE: tl.constexpr,
 ):  # fmt: skip
     """a, b, c of p, d, o, and that of t where d would lose the smaller vector; float64 [BLOCK_M]."""
     weight = get(rows, stride, WEIGHT, i, counts)
     inv_pred, inv_target = get(rows, stride, INV_PRED, i, counts), get(rows, stride, INV_TARGET, i, counts)
     a, c, e = weight * 0, weight * 0, weight * 0
-    b = incoming(grad_values, MSE) * 2 / dim * weight
+    b = incoming(grad_loss, weights, grad_values, MSE) * 2 / dim * weight
     if COSINE >= 0:
-        cosine = incoming(grad_values, COSINE) * weight
+        cosine = incoming(grad_loss, weights, grad_values, COSINE) * weight
         excess, one_minus_cos = get(rows, stride, EXCESS, i, counts), get(rows, stride, ONE_MINUS_COS, i, counts)
         sending = (inv_pred != 0) & (inv_target != 0)
         similar = tl.abs(excess) < 0.5
@@ -49,17 +52,20 @@ def coefficients(
         b += tl.where(similar, across, 0.0)
         e -= tl.where(similar, 0.0, across)
     if INFONCE >= 0:
-        infonce = incoming(grad_values, INFONCE) / tau * weight
+        infonce = incoming(grad_loss, weights, grad_values, INFONCE) / tau * weight
         c = infonce * inv_pred
         a -= c * inv_pred * inv_pred * get(rows, stride, PRED_ATT, i, counts)
     if VARIANCE >= 0:
-        a -= incoming(grad_values, VARIANCE) * inv_pred * inv_pred * get(rows, stride, PRED_SPREAD, i, counts)
+        spread = get(rows, stride, PRED_SPREAD, i, counts)
+        a -= incoming(grad_loss, weights, grad_values, VARIANCE) * inv_pred * inv_pred * spread
     return a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), e.to(tl.float32)
 
 
 @triton.jit
 def row_combine_kernel(
-    grad_values,  # [m] float32
+    grad_loss,  # [] of the weighted sum of the values, or None
+    weights,  # [m] float32, with it
+    grad_values,  # [m] float32, or None
     pred, target,  # [G, M, D]
     attention,  # [G, M, D] float32: o, or None
     columns,  # [7, D] float32, or None
@@ -75,7 +81,19 @@ def row_combine_kernel(
     inside = i < count
     counts = inside & (get(rows, rows_stride, WEIGHT, i, inside) != 0)
     a, b, c, e = coefficients(
-        grad_values, rows, rows_stride, i, counts, dim, temperature(tau, learned), MSE, COSINE, INFONCE, VARIANCE
+        grad_loss,
+        weights,
+        grad_values,
+        rows,
+        rows_stride,
+        i,
+        counts,
+        dim,
+        temperature(tau, learned),
+        MSE,
+        COSINE,
+        INFONCE,
+        VARIANCE,
     )
     inv_pred = get(rows, rows_stride, INV_PRED, i, counts).to(tl.float32)[:, None]
     p_row, t_row = row_offset(i, size, pred_group, pred_row), row_offset(i, size, target_group, target_row)
@@ -88,9 +106,9 @@ def row_combine_kernel(
             # Not read where it counts for nothing: o of a row that sends nothing may be anything.
             g += c[:, None] * load_rows(attention, o_row, k, dim, counts & (c != 0))
         if MOMENT >= 0:
-            g += incoming(grad_values, MOMENT).to(tl.float32) * moment_at(columns, k, dim, p)
+            g += incoming(grad_loss, weights, grad_values, MOMENT).to(tl.float32) * moment_at(columns, k, dim, p)
         if VARIANCE >= 0:
-            spread = incoming(grad_values, VARIANCE).to(tl.float32) * inv_pred
+            spread = incoming(grad_loss, weights, grad_values, VARIANCE).to(tl.float32) * inv_pred
             g += spread * spread_at(columns, k, dim, p * inv_pred)
         g = tl.where(counts[:, None], g, 0.0).to(grad.dtype.element_ty)
         tl.store(grad + (g_row[:, None] + k[None, :]), g, mask=inside[:, None] & (k < dim)[None, :])

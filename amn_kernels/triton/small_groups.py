@@ -1,4 +1,9 @@
-"""The loss of small groups, whose similarities fit one program: a training step in two or three launches."""
+"""The loss of groups of at most 128 rows: one program per group, so that a training step is two or three launches.
+
+Forward and backward are one launch each. Several groups need one more in between, which adds up their sums. Weights,
+fixed or balanced, and the loss are formed where the sums are, and the backward multiplies by the incoming gradients and
+the weights itself. Input whose rows don't have unit stride is copied first.
+"""
 
 import math
 from typing import NamedTuple
@@ -7,78 +12,52 @@ import torch
 import triton
 from torch import Tensor
 
-from amn_kernels.backends import Call, Outcome
-from amn_kernels.primitives import Row
+from amn_kernels import ops
+from amn_kernels.backends import Call, Outcome, weighted
+from amn_kernels.options import TERMS, LossOptions
+from amn_kernels.primitives import PLAIN_ROWS, Row
 from amn_kernels.reference.seq_loss import to_groups
 from amn_kernels.stats import METRICS, TermOutputs
-from amn_kernels.triton import group_kernels
-from amn_kernels.triton.group_kernels import MAX_ROWS, SUMS
+from amn_kernels.triton.group_kernels import finish_groups_kernel, small_groups_kernel
+from amn_kernels.triton.launching import launch, row_tile, strides
+from amn_kernels.triton.row_combine import row_combine_kernel
+from amn_kernels.triton.term_sums import SLOTS
 from amn_kernels.weighting import BalancedWeighting
 
-_TERMS = ("mse", "cosine", "infonce")
+MAX_ROWS = 128
+STATE = ("mean", "updates", "calls", "skipped", "lambdas", "most")
+"""What the kernels read and write of a `BalancedWeighting`."""
 
 
 class Tile(NamedTuple):
-    """How the forward kernel is laid out for a group."""
+    """Dimensions that a program has in registers at a time, by the rows of a group, and its warps and stages."""
 
-    rows: int
     dims: int
     warps: int
     stages: int
 
 
-def tile(size: int, single: bool) -> Tile:
-    """The tile for groups of so many rows; ``single``: float32 products, else 16-bit ones."""
-    rows = max(16, triton.next_power_of_2(size))
-    return _SINGLE[rows] if single else _HALF[rows]
-
-
-# More dimensions at a time spill, fewer leave the tensor cores idle; the check of the kernels prints the registers.
-_HALF = {
-    16: Tile(16, 128, 4, 2),
-    32: Tile(32, 64, 4, 2),
-    64: Tile(64, 64, 8, 2),
-    128: Tile(128, 64, 8, 2),
-}
-_SINGLE = {
-    16: Tile(16, 64, 4, 2),
-    32: Tile(32, 32, 4, 2),
-    64: Tile(64, 32, 8, 2),
-    128: Tile(128, 16, 8, 2),
-}
+# Registers decide: more dimensions at a time spill, and so does a similarity tile over fewer warps. The check of the
+# compiled kernels prints both; which of those that fit is fastest is not measured.
+_HALF = {16: Tile(64, 4, 2), 32: Tile(64, 4, 2), 64: Tile(64, 8, 2), 128: Tile(64, 8, 2)}
+_SINGLE = {16: Tile(32, 4, 2), 32: Tile(32, 4, 2), 64: Tile(32, 8, 2), 128: Tile(16, 8, 2)}
 
 
 def why_unsupported(call: Call) -> str | None:
-    """Why a call has to take the large path; None if it is one of small groups."""
-    options = call.options
-    others = [term for term in options.terms if term not in _TERMS]
-    size = _group_size(call)
+    """Why a call takes the path of chunks instead; None if it is one of small groups."""
+    options, size = call.options, _group_size(call)
+    columns = [term for term in options.terms if term in ("moment", "variance")]
     reasons = {
-        f"groups of {size} rows, more than {MAX_ROWS}": size > MAX_ROWS,
-        f"terms {', '.join(others)}": bool(others),
-        "extra_negatives": call.extra_negatives is not None,
-        "positives='ids'": options.positives == "ids",
-        "false_negative_margin": options.false_negative_margin is not None,
-        "a target that requires a gradient": torch.is_grad_enabled() and call.target.requires_grad,
-        "float64": torch.float64 in (call.pred.dtype, call.target.dtype),
-        "rows over ranks": options.over_ranks,
+        f"groups have {size} rows, more than {MAX_ROWS}": size > MAX_ROWS,
+        f"{' and '.join(columns)} are sums over columns": bool(columns),
+        "extra_negatives are keys of all groups": call.extra_negatives is not None,
+        "positives='ids' needs more sums": options.positives == "ids",
+        "false_negative_margin needs a second similarity tile": options.false_negative_margin is not None,
+        "the target requires a gradient": torch.is_grad_enabled() and call.target.requires_grad,
+        "the temperature is learned": call.temperature is not None,
+        "chunk_bytes asks for chunks": options.chunk_bytes is not None,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def run(call: Call) -> Outcome:
-    """Loss, outputs and weights of a call for which `why_unsupported` has no reason."""
-    weighting = call.weighting
-    balanced = weighting if isinstance(weighting, BalancedWeighting) else None
-    weights = call.weights if weighting is None else None
-    loss, values, gram, metrics, weights = _SmallGroups.apply(
-        call.pred, call.target, call.temperature, weights, call.mask, call.ids, call.options, balanced, _needs(call)
-    )
-    outputs = TermOutputs(values, gram if gram.numel() else None, metrics)
-    if weighting is not None and balanced is None:
-        weights = weighting(values.detach(), outputs.gram)
-        loss = torch.dot(values, weights)
-    return Outcome(loss, outputs, weights)
 
 
 def _group_size(call: Call) -> int:
@@ -88,100 +67,179 @@ def _group_size(call: Call) -> int:
     return call.pred.shape[0 if call.options.negatives == "step" else 1]
 
 
-def _needs(call: Call) -> bool:
-    wanted = (call.pred, call.temperature)
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in wanted)
+_CHOICES = "int[] terms, int[] monitored, float temperature, bool both, int negatives"
+_LIBRARY = torch.library.Library("amn_kernels_triton", "FRAGMENT")
+_LIBRARY.define(
+    "_small_groups_forward(Tensor pred, Tensor target, Tensor? mask, Tensor? ids, Tensor? weights, Tensor(a!)? mean,"
+    " Tensor(b!)? updates, Tensor(c!)? calls, Tensor(d!)? skipped, Tensor? lambdas, Tensor? most,"
+    f" {_CHOICES}, bool needs, str weighting, int anchor, float decay, int update_every, bool update)"
+    " -> (Tensor loss, Tensor values, Tensor gram, Tensor metrics, Tensor balanced, Tensor rows, Tensor attention)"
+)
+_LIBRARY.define(
+    "_small_groups_backward(Tensor? grad_loss, Tensor? grad_values, Tensor? weights, Tensor pred, Tensor target,"
+    f" Tensor rows, Tensor attention, {_CHOICES}) -> Tensor"
+)
 
 
-class _SmallGroups(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, pred, target, temperature, weights, mask, ids, options, weighting, needs):
-        """Loss [], values [m], Gram matrix [m, m] or [0, 0], metrics [5] and weights [m]."""
-        # The backward reads what was read here, so input that has to be copied into groups is copied once.
-        groups = [
-            None if x is None else to_groups(x, options.negatives, pred.dim() - 1) for x in (pred, target, mask, ids)
-        ]
-        p, t, mask, ids = groups
-        count, size, dim = p.shape
-        m = len(options.terms)
-        place = _places(options)
-        sends = sum(1 << i for i, term in enumerate(options.terms) if term not in options.monitor)
-        attends = needs and place["INFONCE"] >= 0 and bool(sends >> place["INFONCE"] & 1)
-        both = options.direction == "both"
-        kind = "fixed" if weights is not None else None if weighting is None else weighting.kind
+def _grouped(x: Tensor | None, negatives: int, row_dims: int) -> Tensor | None:
+    return None if x is None else to_groups(x, list(ops.NEGATIVES)[negatives], row_dims)
 
-        real = {"dtype": torch.float32, "device": pred.device}
-        values, metrics, loss = torch.empty(m, **real), torch.empty(len(METRICS), **real), torch.empty((), **real)
-        gram = torch.empty((m, m) if needs else (0, 0), **real)
-        weights = torch.empty(m, **real) if weights is None else weights
-        rows = torch.empty(Row.COL_OTHERS + 1 if both else Row.COL_MAX, count * size, **real | {"dtype": torch.float64})
-        attention = torch.empty(count * size if attends else 0, dim, **real)
-        tau_slope = torch.empty((), **real) if attends and temperature is not None else None
-        single = count == 1
-        partial = None if single else torch.empty(count, SUMS, **real | {"dtype": torch.float64})
 
-        results = (weights, values, gram, metrics, loss, tau_slope)
-        state = (None,) * 6
-        numbers = (0, 1, 0.0, 0.0)
-        if weighting is not None:
-            state = (
-                weighting.mean,
-                weighting.updates,
-                weighting.calls,
-                weighting.skipped,
-                weighting.lambdas,
-                weighting.most,
-            )
-            log_decay = math.log(weighting.decay) if weighting.decay > 0 else -math.inf
-            numbers = (weighting.anchor, weighting.update_every, 1 - weighting.decay, log_decay)
-        finish = {
-            **place, "SENDS": sends, "GRAM": needs, "WEIGHTING": kind,
-            "UPDATE": weighting is not None and weighting.training,
-        }  # fmt: skip
-        layout = tile(size, single=torch.float32 in (p.dtype, t.dtype) or p.dtype != t.dtype)
-        group_kernels.forward_kernel[(count,)](
-            p, t, mask, ids, temperature, rows, attention, partial, *results, *state, options.temperature, size, dim,
-            count, *p.stride(), *t.stride(), *_strides(mask), *_strides(ids), *numbers, **finish, ATTENDS=attends,
-            BOTH=both, ONE_GROUP=single, BLOCK_M=layout.rows, BLOCK_D=layout.dims, num_warps=layout.warps,
-            num_stages=layout.stages,
+def _rows(x: Tensor, negatives: int) -> Tensor:  # [G, M, D] with unit stride along D
+    grouped = _grouped(x, negatives, x.dim() - 1)
+    return grouped if grouped.stride(-1) == 1 else grouped.contiguous()
+
+
+def _results(pred, terms, monitored, both, needs, weighting) -> tuple[Tensor, ...]:
+    """Empty results of the forward, in its order."""
+    n, dim, m = pred.numel() // pred.shape[-1], pred.shape[-1], len(terms)
+    attends = needs and TERMS.index("infonce") in terms and TERMS.index("infonce") not in monitored
+    real, double = torch.float32, torch.float64
+    return (
+        pred.new_empty((), dtype=real),
+        pred.new_empty(m, dtype=real),
+        pred.new_empty((m, m) if needs else (0, 0), dtype=real),
+        pred.new_empty(len(METRICS), dtype=real),
+        pred.new_empty(0 if weighting in ("", "fixed") else m, dtype=real),
+        pred.new_empty(Row.COL_OTHERS + 1 if both else PLAIN_ROWS, n, dtype=double),
+        pred.new_empty(n if attends else 0, dim, dtype=real),
+    )
+
+
+def _forward(
+    pred, target, mask, ids, weights, mean, updates, calls, skipped, lambdas, most, terms, monitored, temperature, both,
+    negatives, needs, weighting, anchor, decay, update_every, update,
+):  # fmt: skip
+    results = _results(pred, terms, monitored, both, needs, weighting)
+    loss, values, gram, metrics, balanced, rows, attention = results
+    p, t = _rows(pred, negatives), _rows(target, negatives)
+    groups, size, dim = p.shape
+    mask, ids = (_grouped(x, negatives, pred.dim() - 1) for x in (mask, ids))
+    partial = torch.empty(SLOTS, groups, dtype=torch.float64, device=pred.device)
+    outputs = (
+        balanced if weights is None else weights, values, gram if needs else None, metrics, loss,
+        mean, updates, calls, skipped, lambdas, most,
+    )  # fmt: skip
+    numbers = (temperature, decay, math.log(decay) if decay > 0 else -math.inf)
+    what = {
+        "LIST": tuple(terms), "SENDS": tuple(term not in monitored for term in terms),
+        "HAS_INFONCE": TERMS.index("infonce") in terms, "WEIGHTING": weighting or None, "UPDATE": update,
+        "ANCHOR": anchor,
+    }  # fmt: skip
+    half = p.dtype == t.dtype and p.dtype != torch.float32
+    block = max(16, triton.next_power_of_2(size))
+    tile = (_HALF if half else _SINGLE)[block]
+    with torch.cuda.device_of(pred):
+        launch(
+            small_groups_kernel, groups, p, t, mask, ids, rows, attention, partial, *outputs, *numbers, size, dim,
+            groups, update_every, *strides(p), *strides(t), *_strides(mask), *_strides(ids), **what,
+            ATTENDS=attention.numel() > 0, BOTH=both, ONE_GROUP=groups == 1, BLOCK_M=block, BLOCK_D=tile.dims,
+            warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        if not single:
-            group_kernels.finish_kernel[(1,)](
-                partial, temperature, *results, *state, options.temperature, dim, count, *numbers, **finish, BLOCK=64,
-                num_warps=4,
+        if groups > 1:
+            launch(
+                finish_groups_kernel, 1, partial, *outputs, *numbers, dim, groups, update_every, **what,
+                BLOCK=min(1024, triton.next_power_of_2(groups)), warps=4,
             )  # fmt: skip
-        ctx.save_for_backward(pred, target, temperature, weights, rows, attention, tau_slope)
-        ctx.options, ctx.place, ctx.sends = options, place, sends
-        ctx.mark_non_differentiable(gram, metrics)
-        ctx.set_materialize_grads(False)  # zeros for what has no gradient would be launches in vain
-        if kind != "fixed":
-            ctx.mark_non_differentiable(weights)
-        return loss, values, gram, metrics, weights
+    return results
 
-    @staticmethod
-    def backward(ctx, grad_loss, grad_values, *_):
-        pred, target, temperature, weights, rows, attention, tau_slope = ctx.saved_tensors
-        options = ctx.options
-        if grad_loss is None and grad_values is None:
-            return (None,) * 9
-        p, t = (to_groups(x, options.negatives, pred.dim() - 1) for x in (pred, target))
-        count, size, dim = p.shape
-        grad = torch.empty_like(pred, memory_format=torch.contiguous_format)
-        grad_tau = None if tau_slope is None else torch.empty_like(temperature)
-        grouped = to_groups(grad, options.negatives, pred.dim() - 1)
-        block = min(1024, triton.next_power_of_2(dim))
-        group_kernels.backward_kernel[(count * size,)](
-            p, t, attention, rows, grad, grad_tau, grad_loss, grad_values, weights, tau_slope, temperature,
-            options.temperature, size, dim, count, *p.stride(), *t.stride(), *grouped.stride()[:2], **ctx.place,
-            SENDS=ctx.sends, BLOCK_D=block, num_warps=4,
+
+def _backward(
+    grad_loss, grad_values, weights, pred, target, rows, attention, terms, monitored, temperature, both, negatives
+):
+    p, t = _rows(pred, negatives), _rows(target, negatives)
+    _, size, dim = p.shape
+    grad = torch.empty_like(pred, memory_format=torch.contiguous_format)
+    grouped = _grouped(grad, negatives, pred.dim() - 1)
+    tile = row_tile(dim)
+    count = rows.shape[1]
+    places = {name.upper(): terms.index(i) if i in terms and i not in monitored else -1 for i, name in enumerate(TERMS)}
+    with torch.cuda.device_of(pred):
+        launch(
+            row_combine_kernel, triton.cdiv(count, tile.rows), grad_loss, weights, grad_values, p, t,
+            attention if attention.numel() else None, None, rows, None, grad, temperature, count, size, dim,
+            *strides(p), *strides(t), size * dim, dim, *strides(grouped), rows.stride(0), **places, BLOCK_M=tile.rows,
+            BLOCK_D=tile.cols, warps=tile.warps,
         )  # fmt: skip
-        return grad, None, grad_tau, *(None,) * 6
-
-
-def _places(options) -> dict[str, int]:
-    """The place of each term among those that are computed, -1 for the others, by the name of the kernels' argument."""
-    return {term.upper(): options.terms.index(term) if term in options.terms else -1 for term in _TERMS}
+    return grad
 
 
 def _strides(x: Tensor | None) -> tuple[int, int]:
     return (0, 0) if x is None else x.stride()
+
+
+def _forward_fake(
+    pred, target, mask, ids, weights, mean, updates, calls, skipped, lambdas, most, terms, monitored, temperature, both,
+    negatives, needs, weighting, *balance,
+):  # fmt: skip
+    return _results(pred, terms, monitored, both, needs, weighting)
+
+
+def _backward_fake(grad_loss, grad_values, weights, pred, *rest):
+    return pred.new_empty(pred.shape)
+
+
+_LIBRARY.impl("_small_groups_forward", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("_small_groups_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("amn_kernels_triton::_small_groups_forward", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("amn_kernels_triton::_small_groups_backward", _backward_fake, lib=_LIBRARY)
+
+
+class _SmallGroups(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pred, target, mask, ids, weights, state, options, balance):
+        loss, values, gram, metrics, balanced, rows, attention = torch.ops.amn_kernels_triton._small_groups_forward(
+            pred, target, mask, ids, weights, *state, *_choices(options), True, *balance
+        )
+        ctx.options = options
+        ctx.save_for_backward(pred, target, mask, ids, balanced if weights is None else weights, rows, attention)
+        ctx.mark_non_differentiable(gram, metrics, balanced)
+        ctx.set_materialize_grads(False)  # zeros for what has no gradient would be launches in vain
+        return loss, values, gram, metrics, balanced
+
+    @staticmethod
+    def backward(ctx, grad_loss, grad_values, *_):
+        pred, target, mask, ids, weights, rows, attention = ctx.saved_tensors
+        if grad_loss is None and grad_values is None:
+            return (None,) * 8
+        if torch.is_grad_enabled():  # a further derivative is wanted: the op that has one
+            incoming = 0 if grad_loss is None else grad_loss * weights
+            incoming = incoming if grad_values is None else incoming + grad_values
+            columns = attention[:0]
+            (grad,) = torch.ops.amn_kernels_triton._seq_loss_backward(
+                incoming, pred, target, mask, ids, None, None, rows, attention, columns, *ops.choices_of(ctx.options), 1
+            )
+        else:
+            grad = torch.ops.amn_kernels_triton._small_groups_backward(
+                grad_loss, grad_values, None if grad_loss is None else weights, pred, target, rows, attention,
+                *_choices(ctx.options),
+            )  # fmt: skip
+        return grad, *(None,) * 7
+
+
+def _choices(options: LossOptions) -> tuple:
+    return ops.choices_of(options)[:5]
+
+
+def run(call: Call) -> Outcome:
+    """Loss, outputs and weights of a call for which `why_unsupported` has no reason."""
+    pred, options, weighting = call.pred, call.options, call.weighting
+    state, balance, weights = (None,) * len(STATE), ("", 0, 0.0, 1, False), None
+    if weighting is None:
+        weights, balance = call.weights, ("fixed", *balance[1:])
+    elif isinstance(weighting, BalancedWeighting):
+        weighting.check_device(pred.device)
+        state = tuple(getattr(weighting, name) for name in STATE)
+        balance = (weighting.kind, weighting.anchor, weighting.decay, weighting.update_every, weighting.training)
+    if torch.is_grad_enabled() and pred.requires_grad:
+        loss, values, gram, metrics, balanced = _SmallGroups.apply(
+            pred, call.target, call.mask, call.ids, weights, state, options, balance
+        )
+    else:
+        loss, values, gram, metrics, balanced, *_ = torch.ops.amn_kernels_triton._small_groups_forward(
+            pred, call.target, call.mask, call.ids, weights, *state, *_choices(options), False, *balance
+        )
+    outputs = TermOutputs(values, gram if gram.numel() else None, metrics)
+    if balance[0] == "":  # a weighting that is not a kernel
+        return weighted(call, outputs)
+    return Outcome(loss, outputs, balanced if weights is None else weights)

@@ -83,17 +83,13 @@ def write(partial, blocks, slot: tl.constexpr, x, counts):
 
 
 @triton.jit
-def sum_rows_kernel(
-    rows,  # [scalars, N] float64
-    partial,  # [slots, blocks] float64, out
-    learned,  # []
-    tau: tl.float64, count, rows_stride, blocks, HAS_INFONCE: tl.constexpr, HAS_GRAM: tl.constexpr,
-    ATTENDS: tl.constexpr, COLUMNS: tl.constexpr, BOTH: tl.constexpr, BY_ID: tl.constexpr, BLOCK: tl.constexpr,
+def sum_rows(
+    rows, partial, i, inside, tau, rows_stride, blocks, HAS_INFONCE: tl.constexpr, HAS_GRAM: tl.constexpr,
+    ATTENDS: tl.constexpr, COLUMNS: tl.constexpr, BOTH: tl.constexpr, BY_ID: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK rows."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    weight = get(rows, rows_stride, WEIGHT, i, i < count)
-    counts = (i < count) & (weight != 0)
+    """Sums over rows i, to the program's column of partial [slots, blocks]; τ in float64."""
+    weight = get(rows, rows_stride, WEIGHT, i, inside)
+    counts = inside & (weight != 0)
     inv_pred = get(rows, rows_stride, INV_PRED, i, counts)
     one_minus_cos, dd = get(rows, rows_stride, ONE_MINUS_COS, i, counts), get(rows, rows_stride, DIFF_DIFF, i, counts)
     target_norm = tl.sqrt(get(rows, rows_stride, TARGET_TARGET, i, counts))
@@ -103,7 +99,6 @@ def sum_rows_kernel(
     write(partial, blocks, PRED_NORM, weight * tl.sqrt(get(rows, rows_stride, PRED_PRED, i, counts)), counts)
     write(partial, blocks, TARGET_NORM, weight * target_norm, counts)
     if HAS_INFONCE:
-        tau = temperature(tau, learned)
         own, top = (1 - one_minus_cos) / tau, get(rows, rows_stride, MAX, i, counts)
         margin = own - top
         if BY_ID:
@@ -153,6 +148,22 @@ def sum_rows_kernel(
 
 
 @triton.jit
+def sum_rows_kernel(
+    rows,  # [scalars, N] float64
+    partial,  # [slots, blocks] float64, out
+    learned,  # []
+    tau: tl.float64, count, rows_stride, blocks, HAS_INFONCE: tl.constexpr, HAS_GRAM: tl.constexpr,
+    ATTENDS: tl.constexpr, COLUMNS: tl.constexpr, BOTH: tl.constexpr, BY_ID: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK rows."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    sum_rows(
+        rows, partial, i, i < count, temperature(tau, learned), rows_stride, blocks, HAS_INFONCE, HAS_GRAM, ATTENDS,
+        COLUMNS, BOTH, BY_ID,
+    )  # fmt: skip
+
+
+@triton.jit
 def total(partial, blocks, slot: tl.constexpr, BLOCK: tl.constexpr):
     """The sum of a slot over the blocks, in order."""
     x = tl.full([], 0.0, tl.float64)
@@ -198,18 +209,11 @@ def gram_of(partial, blocks, one: tl.constexpr, other: tl.constexpr, dim, tau, B
 
 
 @triton.jit
-def finish_sums_kernel(
-    partial,  # [slots, blocks] float64
-    col_values,  # [2] float64, or None
-    values,  # [m] float32, out
-    gram,  # [m, m] float32, out, or None
-    metrics,  # [5] float32, out
-    learned,  # []
-    tau: tl.float64, dim, blocks, LIST: tl.constexpr, SENDS: tl.constexpr, HAS_INFONCE: tl.constexpr,
-    BLOCK: tl.constexpr,
+def finish_sums(
+    partial, col_values, values, gram, metrics, tau, dim, blocks, LIST: tl.constexpr, SENDS: tl.constexpr,
+    HAS_INFONCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: the blocks' sums to values, Gram matrix and metrics. LIST has the terms' numbers."""
-    tau = temperature(tau, learned)
+    """The blocks' sums to values, Gram matrix and metrics. LIST has the terms' numbers; τ in float64."""
     m: tl.constexpr = len(LIST)
     for a in tl.static_range(m):
         tl.store(values + a, value_of(partial, blocks, col_values, LIST[a], dim, BLOCK).to(tl.float32))
@@ -228,3 +232,19 @@ def finish_sums_kernel(
     tl.store(metrics + 2, chance.to(tl.float32))
     tl.store(metrics + 3, total(partial, blocks, PRED_NORM, BLOCK).to(tl.float32))
     tl.store(metrics + 4, total(partial, blocks, TARGET_NORM, BLOCK).to(tl.float32))
+
+
+@triton.jit
+def finish_sums_kernel(
+    partial,  # [slots, blocks] float64
+    col_values,  # [2] float64, or None
+    values,  # [m] float32, out
+    gram,  # [m, m] float32, out, or None
+    metrics,  # [5] float32, out
+    learned,  # []
+    tau: tl.float64, dim, blocks, LIST: tl.constexpr, SENDS: tl.constexpr, HAS_INFONCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program for all blocks."""
+    tau = temperature(tau, learned)
+    finish_sums(partial, col_values, values, gram, metrics, tau, dim, blocks, LIST, SENDS, HAS_INFONCE, BLOCK)

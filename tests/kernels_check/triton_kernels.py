@@ -21,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REDUCED = ((80, "bf16"), (90, "bf16"), (90, "fp32"), (100, "fp16"), (120, "fp32"))
 """Every architecture and every dtype, not every pair."""
 
-MATRIX_KERNELS = ("forward_kernel",)
+MATRIX_KERNELS = ("small_groups_kernel",)
 """Kernels that multiply matrices: few large blocks, tensor cores. All others wait for memory and need occupancy."""
 ROWS = ("pred", "logits")
 """Names of arguments whose rows must be loaded 128 bits at a time."""
@@ -30,20 +30,24 @@ PROCESSES = 2
 
 
 class Step(NamedTuple):
-    """A call of the loss that launches kernels; the shapes are aligned, as those of models are."""
+    """A step of training that launches kernels; shapes are aligned, as those of models are."""
 
-    rows: int
-    groups: int
+    shape: tuple[int, ...]
     options: dict
-    masked: bool = False
+    inputs: tuple[str, ...] = ()
+    """Of mask, ids, extra_negatives, temperature, target (that needs a gradient)."""
 
 
-STEPS = (
-    *(Step(rows, 1, {"mse": 1.0, "cosine": 1.0, "infonce": 1.0}) for rows in (16, 32, 64, 128)),
-    Step(128, 1, {"infonce": 1.0, "direction": "both"}),
-    Step(64, 3, {"infonce": 1.0, "direction": "both", "negatives": "sequence"}, masked=True),
-)
 DIM = 768
+ALL = {"mse": 1.0, "cosine": 1.0, "infonce": 1.0}
+STEPS = (
+    *(Step((rows, DIM), ALL) for rows in (16, 32, 64, 128)),
+    Step((128, DIM), {**ALL, "direction": "both"}, ("mask", "ids")),
+    Step((4, 64, DIM), {**ALL, "negatives": "sequence"}),
+    Step((256, DIM), {**ALL, "moment": 1.0, "variance": 1.0}, ("mask",)),
+    Step((256, DIM), {**ALL, "direction": "both", "positives": "ids"}, ("ids", "extra_negatives", "target")),
+)
+"""Together they launch every kernel; `test_kernels_check` counts them."""
 
 
 def why_unavailable() -> str | None:
@@ -72,18 +76,28 @@ def _reports_of(arch: int, dtype: str) -> list[KernelReport]:
 
 
 def run_step(step: Step, dtype: torch.dtype) -> None:
-    """Forward and backward of the loss, balanced."""
-    from amn_kernels.backends import Call
+    """Forward and backward of the balanced loss."""
+    from amn_kernels.backends import BACKENDS, Call
     from amn_kernels.options import LossOptions
-    from amn_kernels.triton import small_groups
     from amn_kernels.weighting import make_weighting
 
-    shape = (step.rows, DIM) if step.groups == 1 else (step.groups, step.rows, DIM)
-    pred, target = torch.ones(shape, dtype=dtype, requires_grad=True), torch.ones(shape, dtype=dtype)
-    mask = torch.ones(shape[:-1], dtype=torch.bool) if step.masked else None
+    pred, target = (torch.ones(step.shape, dtype=dtype).requires_grad_() for _ in range(2))
+    target.requires_grad_("target" in step.inputs)
+    given = {
+        "mask": torch.ones(step.shape[:-1], dtype=torch.bool),
+        "ids": torch.arange(pred.numel() // DIM).view(step.shape[:-1]),
+        "extra_negatives": torch.ones(64, DIM, dtype=dtype),
+    }
     options = LossOptions(**step.options)
-    call = Call(pred, target, options, None, make_weighting(options), mask=mask)
-    small_groups.run(call).loss.backward()
+    call = Call(
+        pred,
+        target,
+        options,
+        None,
+        make_weighting(options),
+        **{name: given[name] for name in given if name in step.inputs},
+    )
+    BACKENDS["triton"].run(call).loss.backward()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,59 @@
+"""The processes of one training, as torchrun starts them."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class Ranks:
+    """The processes of one training, as torchrun starts them; one alone otherwise."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """Their group, for the loss."""
+        return dist.group.WORLD if self.size > 1 else None
+
+    def share(self, rows: np.ndarray) -> np.ndarray:
+        """This process's part of a batch."""
+        return np.array_split(rows, self.size)[self.rank]
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is up in any process."""
+        if self.size == 1:
+            return flag
+        highest = torch.tensor(float(flag), device=device)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        return bool(highest)
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """What every process has, in order."""
+        if self.size == 1:
+            return [x]
+        parts: list = [None] * self.size
+        dist.all_gather_object(parts, x)
+        return parts
+
+
+@contextlib.contextmanager
+def connected_ranks(device: torch.device) -> Iterator[Ranks]:
+    """The processes that torchrun started, connected while the block runs; each on a GPU of its own for "cuda"."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Ranks()
+        return
+    if device.type == "cuda" and device.index is None:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

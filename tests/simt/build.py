@@ -1,0 +1,88 @@
+"""Builds the CUDA kernels for the CPU: a library for Python, and programs under the sanitizers. Only what changed."""
+
+import enum
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+KERNELS = ROOT / "csrc" / "cuda"
+BUILD = ROOT / "build" / "simt"
+
+# Strict aliasing is not what CUDA code is written for: a pack of floats is moved as four integers.
+_FLAGS = (f"-std=c++20 -O1 -g -fPIC -fno-strict-aliasing -DAMN_SIMT -I{HERE} -I{KERNELS}").split()
+
+
+class Build(enum.Enum):
+    """The builds: flags for all sources, and those of the instrumented ones."""
+
+    PLAIN = (), ()
+    ASAN = ("-DSIMT_ASAN",), ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    TSAN = ("-DSIMT_TSAN",), ("-fsanitize=thread",)
+
+    @property
+    def define(self) -> tuple[str, ...]:
+        return self.value[0]
+
+    @property
+    def sanitize(self) -> tuple[str, ...]:
+        return self.value[1]
+
+
+def kernels() -> list[Path]:
+    """The sources of all kernels."""
+    return sorted(KERNELS.glob("*.cu"))
+
+
+def library() -> Path:
+    """The kernels as a shared library, plain."""
+    objects = _objects(Build.PLAIN, [*kernels(), HERE / "launchers.cpp"])
+    return _link(Build.PLAIN, BUILD / "plain" / "libsimt.so", objects, ["-shared"])
+
+
+def program(name: str, build: Build) -> Path:
+    """The program NAME.cu or NAME.cpp of this folder; `replay` with all kernels."""
+    (source,) = (path for suffix in (".cu", ".cpp") if (path := HERE / f"{name}{suffix}").exists())
+    sources = [source, *([*kernels(), HERE / "launchers.cpp"] if name == "replay" else [])]
+    return _link(build, BUILD / build.name.lower() / name, _objects(build, sources), [])
+
+
+def run(program: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Runs a program with the options under which a sanitizer's finding is an exit status and nothing waits."""
+    environment = {**os.environ, "TSAN_OPTIONS": "atexit_sleep_ms=0 halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [str(program), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
+
+
+def _objects(build: Build, sources: list[Path]) -> list[Path]:
+    headers = [*HERE.glob("*.h"), *KERNELS.glob("*.h"), *KERNELS.glob("*.cuh"), ROOT / "csrc" / "row_scalars.h"]
+    newest = max(path.stat().st_mtime for path in [*headers, Path(__file__)])
+    folder = BUILD / build.name.lower()
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> Path:
+        target = folder / f"{source.stem}.o"
+        if not target.exists() or target.stat().st_mtime <= max(newest, source.stat().st_mtime):
+            # The scheduler stays without instrumentation: the sanitizers are told of its switches.
+            sanitize = () if source.stem == "simt" else build.sanitize
+            _gcc(target, [*_FLAGS, *build.define, *sanitize, "-c", "-x", "c++", str(source)])
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(compile_one, [*sources, HERE / "simt.cpp"]))
+
+
+def _link(build: Build, target: Path, objects: list[Path], flags: list[str]) -> Path:
+    if not target.exists() or target.stat().st_mtime <= max(path.stat().st_mtime for path in objects):
+        _gcc(target, [*build.sanitize, *flags, *map(str, objects)])
+    return target
+
+
+def _gcc(target: Path, arguments: list[str]) -> None:
+    partial = target.with_suffix(".partial")
+    done = subprocess.run(["g++", *arguments, "-o", str(partial)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"g++ failed for {target.name}:\n{done.stderr[-4000:]}")
+    partial.replace(target)
