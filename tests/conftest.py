@@ -8,6 +8,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+import ttsem_cache
 
 # The same examples every time: a red run can be repeated. No deadline, because CI machines are shared.
 hypothesis.settings.register_profile("amn", deadline=None, max_examples=25, derandomize=True)
@@ -19,6 +20,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    ttsem_cache.install()
     config.addinivalue_line("markers", "full: a shape of the full grid, run with --full only")
 
 

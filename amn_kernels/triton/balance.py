@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from amn_kernels.reference import balance as reference
+from amn_kernels.triton.scalars import SIZES
 
 SPIKE, SPIKE_AFTER = tl.constexpr(float(reference.SPIKE)), tl.constexpr(reference.SPIKE_AFTER)
 LEAST = tl.constexpr(reference.LEAST)
@@ -61,7 +62,7 @@ def balanced_weights(
     tl.store(weights + term, (weight * ratio).to(tl.float32), mask=inside)
 
 
-@triton.jit(do_not_specialize=["update_every"])
+@triton.jit(do_not_specialize=SIZES)
 def balance_kernel(
     observed,  # values [m], or the Gram matrix [m, m], or None
     mean,  # [m] float32, in place, as the next three

@@ -14,6 +14,7 @@ from amn_kernels.triton.scalars import (
     MOMENT_VARIANCE,
     PRED_MOMENT,
     PRED_SPREAD,
+    SIZES,
     VARIANCE_VARIANCE,
     WEIGHT,
     get,
@@ -72,7 +73,7 @@ def down(x, y):
     return tl.sum(x * y, axis=0).to(tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def col_stats_kernel(
     pred, target,  # [G, M, D]
     rows,  # [scalars, G M] float64
@@ -93,10 +94,11 @@ def col_stats_kernel(
     mean_t, mean_d, mean_u, mean_v = mean_p, mean_p, mean_p, mean_p
     s_p, s_t, s_d, s_dp, s_u, s_v = mean_p, mean_p, mean_p, mean_p, mean_p, mean_p
     n = tl.full([], 0.0, tl.float64)
-    for start in range(0, rows_of_split, BLOCK_R):
+    rows_here = tl.minimum(rows_of_split, count - split * rows_of_split)
+    for start in range(0, rows_here, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         i = split * rows_of_split + r
-        inside = (r < rows_of_split) & (i < count)
+        inside = r < rows_here
         counts = inside & (get(rows, rows_stride, WEIGHT, i, inside) != 0)
         here = tl.sum(counts.to(tl.int32))
         rank = tl.where(counts, r, rows_of_split)
@@ -143,7 +145,7 @@ def col_stats_kernel(
         tl.store(counted + split, n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def merge_moments_kernel(
     parts,  # [parts, 11, D] float64
     counted,  # [parts] float64
@@ -188,7 +190,7 @@ def slope(factor, n, sd):
     return tl.where(sd > 0, factor / tl.where(sd > 0, (n - 1) * sd, 1.0), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def col_terms_kernel(
     moments,  # [11, D] float64
     count,  # [1] float64
@@ -230,7 +232,7 @@ def col_terms_kernel(
     tl.store(values + 1, variance / dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def col_dots_kernel(
     pred, target,  # [G, M, D]
     attention,  # [G, M, D] float32: o, or None
@@ -282,7 +284,7 @@ def col_dots_kernel(
     put(rows, rows_stride, VARIANCE_VARIANCE, i, tl.where(counts, vv, 0.0), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def mirror_columns_kernel(columns, mirrored, dim, BLOCK: tl.constexpr):  # [7, D] float32 -> [7, D], out
     """The columns with pred and target exchanged; no variance, which asks nothing of the target."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

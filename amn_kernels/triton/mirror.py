@@ -20,6 +20,7 @@ from amn_kernels.triton.scalars import (
     PRED_DIFF,
     PRED_PRED,
     PRED_SPREAD,
+    SIZES,
     TARGET_TARGET,
     WEIGHT,
     get,
@@ -33,7 +34,7 @@ def copy(rows, stride, mirrored, mirrored_stride, which: tl.constexpr, i, inside
     put(mirrored, mirrored_stride, which, i, get(rows, stride, which, i, inside), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def mirror_rows_kernel(rows, mirrored, count, stride, mirrored_stride, BLOCK: tl.constexpr):
     """[scalars, N] -> [scalars, N], out."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

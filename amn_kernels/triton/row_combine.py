@@ -11,6 +11,7 @@ from amn_kernels.triton.scalars import (
     ONE_MINUS_COS,
     PRED_ATT,
     PRED_SPREAD,
+    SIZES,
     WEIGHT,
     get,
     load_rows,
@@ -61,7 +62,7 @@ def coefficients(
     return a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), e.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def row_combine_kernel(
     grad_loss,  # [] of the weighted sum of the values, or None
     weights,  # [m] float32, with it

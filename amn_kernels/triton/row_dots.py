@@ -16,6 +16,7 @@ from amn_kernels.triton.scalars import (
     POSITIVES,
     PRED_ATT,
     PRED_PRED,
+    SIZES,
     WEIGHT,
     get,
     load_rows,
@@ -56,7 +57,7 @@ def attention_scales(rows, stride, i, counts, tau, HELD: tl.constexpr, BOTH: tl.
     return factor, take
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def row_dots_kernel(
     pred, target,  # [G, M, D]
     attention,  # [G, M, D] float32, in place

@@ -24,6 +24,7 @@ from amn_kernels.triton.scalars import (
     PRED_ATT,
     PRED_DIFF,
     PRED_PRED,
+    SIZES,
     TARGET_TARGET,
     WEIGHT,
     get,
@@ -55,7 +56,7 @@ def half_square_of_units(pred, target, p_row, t_row, dim, counts, inv_pred, inv_
     return square / 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def row_stats_kernel(
     pred, target,  # [G, M, D]
     rows,  # [scalars, G M] float64

@@ -39,6 +39,13 @@ ATT_VARIANCE = tl.constexpr(int(Row.ATT_VARIANCE))
 MOMENT_VARIANCE = tl.constexpr(int(Row.MOMENT_VARIANCE))
 VARIANCE_VARIANCE = tl.constexpr(int(Row.VARIANCE_VARIANCE))
 
+SIZES = [
+    *("count", "size", "own", "id_keys", "col_keys", "cols", "blocks", "splits", "part_count", "rows_of_split", "m"),
+    *("stride", "rows_stride", "mirrored_stride", "sums_stride", "sums_group", "cols_stride", "cols_group"),
+    *("scale_group", "ids_group", "update_every"),
+]
+"""Arguments for whose values a kernel is not compiled anew: what changes from call to call and decides no wide load."""
+
 EPS = tl.constexpr(1e-8)  # a norm below this counts as zero
 LOWEST = tl.constexpr(float("-inf"))
 

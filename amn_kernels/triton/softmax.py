@@ -17,6 +17,7 @@ from amn_kernels.triton.scalars import (
     OTHERS,
     POSITIVE_SUM,
     POSITIVES,
+    SIZES,
     WEIGHT,
     exp_below,
     get,
@@ -82,7 +83,7 @@ def load_scaled(
     return s, key_norm, same
 
 
-@triton.jit(do_not_specialize=["own"])
+@triton.jit(do_not_specialize=SIZES)
 def softmax_rows_kernel(
     logits,  # [G, C, K] float32: p.k
     weights,  # [G, C, K], out; may be the logits
@@ -133,7 +134,7 @@ def softmax_rows_kernel(
     tl.store(rescale + i, shrink.to(tl.float32), mask=inside)
 
 
-@triton.jit(do_not_specialize=["own"])
+@triton.jit(do_not_specialize=SIZES)
 def softmax_stats_kernel(
     logits,  # [G, C, K] float32: p.k, on return s
     key_scale,  # [G, K]
@@ -189,7 +190,7 @@ def softmax_stats_kernel(
         put(rows, rows_stride, NEGATIVE_MAX, i, highest, counts)
 
 
-@triton.jit(do_not_specialize=["own"])
+@triton.jit(do_not_specialize=SIZES)
 def softmax_weights_kernel(
     logits,  # [G, C, K] float32: s, or p.k if RAW
     weights,  # [G, C, K], out; may be the logits

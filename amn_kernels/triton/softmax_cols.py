@@ -7,6 +7,7 @@ from amn_kernels.triton.scalars import (
     COL_MAX,
     COL_OTHERS,
     LOWEST,
+    SIZES,
     exp_below,
     get,
     own_logit,
@@ -16,7 +17,7 @@ from amn_kernels.triton.scalars import (
 from amn_kernels.triton.softmax import same_id
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def softmax_cols_kernel(
     logits,  # [G, C, K] float32: s
     sums,  # [3, G, K'] float64, in place: maximum, sum of the others, sum over positives
@@ -52,7 +53,7 @@ def softmax_cols_kernel(
         tl.store(at + 2 * sums_stride, positive_sum, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def col_factors_kernel(
     rows,  # [scalars, G K] float64
     cols,  # [2, G K] float32, out

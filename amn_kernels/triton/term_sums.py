@@ -35,6 +35,7 @@ from amn_kernels.triton.scalars import (
     PRED_DIFF,
     PRED_MOMENT,
     PRED_PRED,
+    SIZES,
     TARGET_TARGET,
     VARIANCE_VARIANCE,
     WEIGHT,
@@ -147,7 +148,7 @@ def sum_rows(
             write(partial, blocks, GRAM + 14, get(rows, rows_stride, VARIANCE_VARIANCE, i, counts), counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sum_rows_kernel(
     rows,  # [scalars, N] float64
     partial,  # [slots, blocks] float64, out
@@ -234,7 +235,7 @@ def finish_sums(
     tl.store(metrics + 4, total(partial, blocks, TARGET_NORM, BLOCK).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def finish_sums_kernel(
     partial,  # [slots, blocks] float64
     col_values,  # [2] float64, or None
