@@ -6,6 +6,7 @@
 #   make bench   speed and memory against eager PyTorch, torch.compile and other libraries
 #   make test-simt, test-simt-asan, test-simt-tsan   the CUDA kernels on the CPU: values, addresses, races (tests/simt)
 #   make fuzz    10,000 generated inputs compared with the reference, and thousands of wrong arguments and damaged files
+#   make test-triton   the Triton kernels on the CPU: values, addresses, races
 #   make test-distributed, make bench-ring   the loss over several processes, and its peak memory
 #   make build   environment and extension   make clean         remove all that was made
 PYTHON ?= python3
@@ -14,13 +15,13 @@ BIN := $(VENV)/bin
 CASES ?= 10000
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-full test-distributed test-install test-simt test-simt-asan test-simt-tsan fuzz lint bench bench-ring build clean
+.PHONY: demo test test-full test-distributed test-install test-triton test-simt test-simt-asan test-simt-tsan fuzz lint bench bench-ring build clean
 
 demo: build
 	$(BIN)/amn-kernels demo --overwrite
 
 # Threads that wait without spinning: on a busy machine a spinning one keeps the one it waits for from running.
-test test-full test-distributed test-simt fuzz: export OMP_WAIT_POLICY = passive
+test test-full test-distributed test-triton test-simt fuzz: export OMP_WAIT_POLICY = passive
 test: build
 	$(BIN)/python -m pytest tests --ignore=tests/simt
 
@@ -29,6 +30,9 @@ test-full: build
 
 test-distributed: build
 	$(BIN)/python -m pytest tests/test_distributed.py
+
+test-triton: build
+	$(BIN)/python -m ttsem.sanitize pytest tests/test_triton*.py $(TRITON_ARGS)
 
 test-simt: build
 	$(BIN)/python -m pytest tests/simt -m "not asan and not tsan"
@@ -62,7 +66,7 @@ $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 	touch $@
 
 # torch and numpy are needed before the build, which compiles against torch. Of open_clip only a file without
-# dependencies is used; they would pull in torchvision.
+# dependencies is used; they would pull in torchvision. ttsem asks for Python 3.12, but runs on 3.11.
 $(VENV)/.dependencies: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel torch numpy ninja
@@ -70,6 +74,7 @@ $(VENV)/.dependencies: constraints.txt pyproject.toml
 	  extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
 	  print(*[item for group in extras.values() for item in group])" | sed "s/>=[^ ]*//g")
 	$(BIN)/pip install -q -c constraints.txt --no-deps open_clip_torch
+	$(BIN)/pip install -q -c constraints.txt --no-deps --ignore-requires-python ttsem
 	touch $@
 
 clean:

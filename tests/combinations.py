@@ -61,7 +61,7 @@ def sample(count, choices=CHOICES, candidates=20):
     cases = []
     while len(cases) < count:
         drawn = [{name: chosen.randrange(len(choices[name])) for name in names} for _ in range(candidates)]
-        best = max(drawn, key=lambda case: len(pairs(case) & missing))
+        best = max(drawn, key=lambda case: len(pairs(case) & missing)) if missing else drawn[0]
         missing -= pairs(best)
         cases.append({name: choices[name][index] for name, index in best.items()})
     assert not missing

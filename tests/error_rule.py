@@ -70,13 +70,13 @@ def relative_error(got, wanted) -> float:
     return (got.double() - wanted).norm().item() / scale
 
 
-def assert_error_rule(draw, *, incoming=1.0, draws=1, **options):
+def assert_error_rule(draw, *, incoming=1.0, draws=1, backend="cpu", chunk_bytes=None, **options):
     """The error rule for ``draw(seed) -> (pred, target)``, in root mean square over ``draws`` seeds."""
     squares = torch.zeros(4, dtype=torch.float64)
     for seed in range(draws):
         pred, target = draw(seed)
         true = truth(pred, target, incoming, **options)
-        ours = seq_loss(pred, target, incoming, backend="cpu", **options)
+        ours = seq_loss(pred, target, incoming, backend=backend, chunk_bytes=chunk_bytes, **options)
         theirs = eager_loss(pred, target, incoming, **options)
         assert ours.grad.dtype == pred.dtype
         assert ours.grad.shape == pred.shape
