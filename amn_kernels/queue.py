@@ -11,9 +11,12 @@ class NegativeQueue(nn.Module):
     """A ring buffer of the last targets, whose rows serve as ``extra_negatives`` of the next batches.
 
     Sources: the queue of MoCo (He et al. 2020, arXiv:1911.05722) and the memory of XBM (Wang et al. 2020,
-    arXiv:1912.06798). The rows are detached copies in the order they came. They are saved in the state_dict, with the
-    place of the oldest; those are plain numbers on the host, so that nothing waits for the device, and a CUDA graph
-    would repeat one place: push outside of it.
+    arXiv:1912.06798). The rows are detached copies in the order they came, and are saved in the state_dict as one
+    tensor; a queue of another size takes in the newest that fit. The place of the next row is a number on the host, so
+    that nothing waits for the device, and a CUDA graph would repeat one place: push outside of it.
+
+    Over ranks, each has a queue of its own rows. They are no buffers, because DistributedDataParallel would overwrite
+    those of the other ranks with those of the first; so save the state of every rank, or start with empty queues.
 
     >>> queue = NegativeQueue(4096, dim=768)
     >>> loss = criterion(pred, target, extra_negatives=queue.negatives())
@@ -32,7 +35,7 @@ class NegativeQueue(nn.Module):
                 raise ValueError(f"{name} must be a whole number >= 1, got {shown(value)}")
         if not (isinstance(dtype, torch.dtype) and dtype in FLOAT_DTYPES):
             raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, got {shown(dtype)}")
-        self.register_buffer("rows", torch.zeros(size, dim, dtype=dtype))
+        self.rows = torch.zeros(size, dim, dtype=dtype)
         self._filled = 0
         self._next = 0
 
@@ -41,8 +44,11 @@ class NegativeQueue(nn.Module):
         return self._filled
 
     def negatives(self) -> Tensor | None:  # [K, D]
-        """The rows that are there, as ``extra_negatives`` of the loss; None while there are none."""
-        return self.rows[: self._filled].clone() if self._filled else None
+        """The rows that are there, the oldest first, as ``extra_negatives`` of the loss; None while there are none."""
+        if not self._filled:
+            return None
+        oldest = self._next % self._filled  # 0 until the buffer is full
+        return torch.cat([self.rows[oldest : self._filled], self.rows[:oldest]])
 
     @torch.no_grad()
     def push(self, targets: Tensor, mask: Tensor | None = None) -> None:
@@ -84,13 +90,21 @@ class NegativeQueue(nn.Module):
         self._next = (self._next + len(new)) % size
         self._filled = min(size, self._filled + len(new))
 
-    def get_extra_state(self) -> dict[str, int]:
-        """How many rows are there, and the place of the next."""
-        return {"filled": self._filled, "next": self._next}
+    def get_extra_state(self) -> Tensor:  # [K, D]
+        """The rows that are there, the oldest first."""
+        return self.rows[:0] if self._filled == 0 else self.negatives()
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Undo `get_extra_state`."""
-        self._filled, self._next = state["filled"], state["next"]
+    def set_extra_state(self, state: Tensor) -> None:
+        """Holds those rows, or the newest of them; ValueError if they are of another dimension."""
+        if state.shape[1:] != self.rows.shape[1:]:
+            raise ValueError(f"queue state must be [K, {self.rows.shape[1]}], got shape {list(state.shape)}")
+        self._filled = self._next = 0
+        self.push(state.to(self.rows))
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.rows = fn(self.rows)
+        return self
 
     def extra_repr(self) -> str:
         """Size and contents."""

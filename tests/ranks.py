@@ -12,7 +12,7 @@ from error_rule import make_rows, relative_error
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from amn_kernels import FusedSeqLoss
+from amn_kernels import FusedSeqLoss, NegativeQueue
 
 TERMS = {"mse": 1.0, "cosine": 0.5, "infonce": 0.7, "moment": 0.4, "variance": 0.3}
 
@@ -35,6 +35,14 @@ def cases():
             {"ids": positives is not None, "mask": margin is not None, "gradients": gradients},
             torch.float64,
         )
+    for direction, margin, gradients in itertools.product(
+        ("pred_to_target", "both"), (None, 0.6), (("pred",), ("pred", "extra"), ("pred", "target", "extra"))
+    ):
+        yield (
+            {"direction": direction, "false_negative_margin": margin},
+            {"extra": True, "ids": margin is not None, "gradients": gradients},
+            torch.float64,
+        )
     yield {"learnable_temperature": True}, {"gradients": ("pred", "target")}, torch.float64
     yield {"chunk_bytes": 1}, {"gradients": ("pred",)}, torch.float64
     for weighting in ("fixed", "value", "gradient"):
@@ -48,6 +56,7 @@ def check(rank, sizes, options, given, dtype):
     n, dim = sum(sizes), 12
     pred, target = make_rows(n, dim, dtype=dtype, distance=0.7)
     pred[2], target[4] = 0, 0
+    extra = make_rows(8, dim, dtype=dtype, seed=5)[0] if given.get("extra") else None  # the same on every rank
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 6, (n,), generator=generator) if given.get("ids") else None
     mask = torch.rand(n, generator=generator) > 0.3 if given.get("mask") else None
@@ -57,10 +66,10 @@ def check(rank, sizes, options, given, dtype):
     options = {"weighting": "fixed", "temperature": 0.3, **TERMS, **options}
 
     def run(criterion, pred, target, mask, ids, steps):
-        leaves = {"pred": pred, "target": target}
+        leaves = {"pred": pred, "target": target} | ({} if extra is None else {"extra": extra})
         leaves = {name: x.detach().requires_grad_(name in given["gradients"]) for name, x in leaves.items()}
         for _ in range(steps):
-            loss = criterion(leaves["pred"], leaves["target"], mask=mask, ids=ids)
+            loss = criterion(leaves["pred"], leaves["target"], mask=mask, ids=ids, extra_negatives=leaves.get("extra"))
         wanted = [leaves[name] for name in given["gradients"]]
         if criterion.options.learnable_temperature:
             wanted.append(criterion.log_temperature)
@@ -81,6 +90,11 @@ def check(rank, sizes, options, given, dtype):
             got = got.clone()
             dist.all_reduce(got)
             assert relative_error(got / len(sizes), whole) <= 1e-5
+            continue
+        if name == "extra":  # of the rows of each rank
+            got = got.clone()
+            dist.all_reduce(got)
+            assert relative_error(got / len(sizes), whole) <= tolerance, name
             continue
         part = parts(whole, sizes)[rank] * len(sizes)
         scale = whole.double().norm() * len(sizes)
@@ -128,6 +142,32 @@ def data_parallel(rank, sizes):
         assert relative_error(parameter.grad, gradient) <= 1e-11
 
 
+class _WithQueue(nn.Module):
+    """A model that holds its criterion and its queue, as a training loop may wrap it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.queue = nn.Linear(12, 12), NegativeQueue(20, 12)
+        self.criterion = FusedSeqLoss(infonce=1.0, gather_negatives=True)
+
+    def forward(self, context, target):
+        loss = self.criterion(self.layer(context), target, extra_negatives=self.queue.negatives())
+        self.queue.push(target)
+        return loss
+
+
+def queues_of_ranks(rank, sizes):
+    """A queue inside of what DistributedDataParallel wraps holds the rows of its own rank."""
+    torch.manual_seed(0)
+    wrapped = DistributedDataParallel(_WithQueue())
+    held = []
+    for step in range(3):
+        context, target = (parts(x, sizes)[rank] for x in make_rows(sum(sizes), 12, seed=step))
+        wrapped(context, target).backward()
+        held.append(target)
+    assert torch.equal(wrapped.module.queue.negatives(), torch.cat(held)[-20:])
+
+
 def killed(rank):
     """A rank dies in the middle: the others get an error of torch.distributed, within the timeout of the group."""
     pred, target = make_rows(5, 12)
@@ -158,6 +198,7 @@ def main():
         count += 1
     local_keys(rank, sizes)
     data_parallel(rank, sizes)
+    queues_of_ranks(rank, sizes)
     if rank == 0:
         print(f"{count} cases")
     dist.destroy_process_group()

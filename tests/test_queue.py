@@ -15,8 +15,9 @@ def rows(start, count):
 
 
 def held(queue):
+    """The rows' numbers, the oldest first."""
     negatives = queue.negatives()
-    return set() if negatives is None else set(negatives[:, 0].tolist())
+    return [] if negatives is None else negatives[:, 0].tolist()
 
 
 @given(st.integers(1, 9), st.lists(st.integers(0, 20), max_size=8))
@@ -26,7 +27,7 @@ def test_keeps_the_last_rows(size, batches):
     for count in batches:
         queue.push(rows(pushed, count))
         pushed += count
-        assert held(queue) == set(range(max(0, pushed - size), pushed))
+        assert held(queue) == list(range(max(0, pushed - size), pushed))
         assert len(queue) == min(size, pushed)
 
 
@@ -34,19 +35,45 @@ def test_takes_rows_of_a_grid_under_a_mask():
     queue = NegativeQueue(10, D)
     mask = torch.tensor([[True, False, True], [False, False, True]])
     queue.push(rows(0, 6).reshape(2, 3, D), mask)
-    assert held(queue) == {0, 2, 5}
+    assert held(queue) == [0, 2, 5]
 
 
 def test_state_survives():
     queue, twin = NegativeQueue(5, D), NegativeQueue(5, D)
     queue.push(rows(0, 7))
+    assert all(isinstance(value, torch.Tensor) for value in queue.state_dict().values())
     twin.load_state_dict(queue.state_dict())
     for each in (queue, twin):
         each.push(rows(7, 2))
-    assert held(twin) == held(queue) == {4, 5, 6, 7, 8}
+    assert held(twin) == held(queue) == [4, 5, 6, 7, 8]
     empty = NegativeQueue(5, D)
     twin.load_state_dict(empty.state_dict())
     assert twin.negatives() is None
+
+
+@pytest.mark.parametrize(("size", "wanted"), [(3, [4, 5, 6]), (5, [2, 3, 4, 5, 6]), (9, [2, 3, 4, 5, 6])])
+def test_state_of_another_size(size, wanted):
+    """The newest rows that fit; pushing goes on from there."""
+    queue, other = NegativeQueue(5, D), NegativeQueue(size, D, dtype=torch.float64)
+    queue.push(rows(0, 7))
+    other.push(rows(100, 2))  # what was there before is gone
+    other.load_state_dict(queue.state_dict())
+    assert held(other) == wanted
+    other.push(rows(7, 1))
+    assert held(other) == [*wanted, 7][-size:]
+    assert other.negatives().dtype is torch.float64
+    with pytest.raises(ValueError, match=r"queue state must be \[K, 4\], got shape \[5, 3\]"):
+        NegativeQueue(5, D + 1).load_state_dict(queue.state_dict())
+
+
+def test_moves_with_the_module():
+    model = torch.nn.Sequential(NegativeQueue(5, D))
+    model[0].push(rows(0, 2))
+    model.double()
+    assert model[0].negatives().dtype is torch.float64
+    assert held(model[0]) == [0, 1]
+    assert not list(model.buffers())  # which DistributedDataParallel would overwrite: see ranks.py
+    assert model.to("meta")[0].negatives().device.type == "meta"
 
 
 def test_negatives_are_a_detached_copy():
