@@ -3,7 +3,8 @@
 #   make demo    train AMN on the bundled vectors with two losses and compare them (under 4 minutes after set-up)
 #   make test    the test suite              make test-full     the same on the full grid of shapes
 #   make lint    ruff                        make test-install  install into a fresh environment and test that
-#   make bench   speed and memory against eager PyTorch, torch.compile and other libraries
+#   make bench   speed and memory against eager PyTorch and torch.compile, and the table of it in the README
+#   make bench-peers   the same for other libraries, over rows, dimensions and dtypes: hours
 #   make test-simt, test-simt-asan, test-simt-tsan   the CUDA kernels on the CPU: values, addresses, races (tests/simt)
 #   make fuzz    10,000 generated inputs compared with the reference, and thousands of wrong arguments and damaged files
 #   make test-triton   the Triton kernels on the CPU: values, addresses, races
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 CASES ?= 10000
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-full test-distributed test-install test-triton test-simt test-simt-asan test-simt-tsan fuzz lint bench bench-ring build clean
+.PHONY: demo test test-full test-distributed test-install test-triton test-simt test-simt-asan test-simt-tsan fuzz lint bench bench-peers bench-ring build clean
 
 demo: build
 	$(BIN)/amn-kernels demo --overwrite
@@ -56,6 +57,9 @@ lint: $(VENV)/.dependencies
 bench: build
 	$(BIN)/python -m bench $(BENCH_ARGS)
 
+bench-peers: build
+	$(BIN)/python -m bench.grid $(BENCH_ARGS)
+
 bench-ring: build
 	$(BIN)/python -m bench.ring
 
@@ -65,15 +69,15 @@ $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
-# torch and numpy are needed before the build, which compiles against torch. Of open_clip only a file without
-# dependencies is used; they would pull in torchvision. ttsem asks for Python 3.12, but runs on 3.11.
+# torch and numpy are needed before the build, which compiles against torch. Of open_clip, lightly and
+# cut-cross-entropy single files are used; what they depend on would pull in torchvision. ttsem asks for Python 3.12, but runs on 3.11.
 $(VENV)/.dependencies: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel torch numpy ninja
 	$(BIN)/pip install -q -c constraints.txt $$($(BIN)/python -c "import tomllib; \
 	  extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
 	  print(*[item for group in extras.values() for item in group])" | sed "s/>=[^ ]*//g")
-	$(BIN)/pip install -q -c constraints.txt --no-deps open_clip_torch
+	$(BIN)/pip install -q -c constraints.txt --no-deps open_clip_torch lightly cut-cross-entropy
 	$(BIN)/pip install -q -c constraints.txt --no-deps --ignore-requires-python ttsem
 	touch $@
 

@@ -1,13 +1,16 @@
-"""Peak memory of one forward + backward beyond the input: `python -m bench.memory NAME ROWS` prints bytes.
+"""Extra peak memory of one forward + backward beyond the input, each contender in a process of its own.
 
-Each contender runs in a process of its own, because the peak of a process never falls.
+The peak of a process never falls. Processes are forked from one that has only imported the libraries, so that each
+starts with the same memory and in a moment.
 """
 
-import subprocess
-import sys
+import ctypes
+import functools
+import multiprocessing
+import time
 from pathlib import Path
 
-from bench.contenders import ALL_TERMS, inputs, losses, step
+import torch
 
 DIM = 768
 
@@ -19,20 +22,45 @@ def resident_bytes(field: str) -> int:
 
 
 def measure(name: str, rows: int) -> int:
-    """Extra peak bytes of contender `name`, measured in a fresh process."""
-    output = subprocess.run(
-        [sys.executable, "-m", "bench.memory", name, str(rows)], check=True, capture_output=True, text=True
-    )
-    return int(output.stdout)
+    """Extra peak bytes of contender `name` of `bench.contenders`."""
+    return _in_fresh_process(_all_terms, name, rows)[0]
 
 
-if __name__ == "__main__":
-    name, rows = sys.argv[1], int(sys.argv[2])
+def measure_contender(contest: str, name: str, rows: int) -> tuple[int, float]:
+    """Extra peak bytes of a contender of a contest of `bench.contests`, and the seconds of the step."""
+    return _in_fresh_process(_contest, contest, name, rows)
+
+
+def _in_fresh_process(f, *arguments) -> tuple[int, float]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.contests", "bench.contenders"])
+    with context.Pool(1) as pool:
+        return pool.apply(f, arguments)
+
+
+def _all_terms(name: str, rows: int) -> tuple[int, float]:
+    from bench.contenders import ALL_TERMS, inputs, losses, step
+
     loss = losses(ALL_TERMS)[name]
-    step(loss, *inputs(256, DIM))()  # libraries loaded, threads started
-    run = step(loss, *inputs(rows, DIM))
-    # Starting libraries peaks higher than they stay: the peak is counted from here on.
+    return _extra_peak(step, loss, lambda n: inputs(n, DIM), rows, compiles="compile" in name)
+
+
+def _contest(contest: str, name: str, rows: int) -> tuple[int, float]:
+    from bench.contests import CONTESTS, make_inputs, step
+
+    form = CONTESTS[contest]
+    loss = form.contenders(rows)[name]
+    make = functools.partial(make_inputs, dim=DIM, dtype=torch.float32, target_learns=form.target_learns)
+    return _extra_peak(step, loss, make, rows, compiles="compile" in name)
+
+
+def _extra_peak(step, loss, make, rows: int, compiles: bool) -> tuple[int, float]:
+    # Libraries loaded, threads started; a compiler must have seen the size itself.
+    step(loss, *make(rows if compiles else min(rows, 256)))()
+    run = step(loss, *make(rows))
+    # Memory that the allocator keeps would hide a part of the peak, and starting peaks higher than what stays.
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = resident_bytes("VmRSS")
+    before, start = resident_bytes("VmRSS"), time.perf_counter()
     run()
-    print(resident_bytes("VmHWM") - before)
+    return resident_bytes("VmHWM") - before, time.perf_counter() - start

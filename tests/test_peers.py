@@ -27,6 +27,15 @@ def cases():
             {},
             {"extra_negatives": hard_negatives()},
         ),
+        "CachedMultipleNegativesRankingLoss": (peers.cached_ranking(TEMPERATURE, rows=10), {}, {}),
+        "CachedMultipleNegativesRankingLoss, both": (
+            peers.cached_ranking(TEMPERATURE, both=True, rows=10),
+            {"direction": "both"},
+            {},
+        ),
+        "cut-cross-entropy": (peers.cut_cross_entropy(TEMPERATURE), {}, {}),
+        "linear_cross_entropy": (peers.linear_cross_entropy(TEMPERATURE), {}, {}),
+        "linear_cross_entropy, chunked": (peers.linear_cross_entropy(TEMPERATURE, chunked=True), {}, {}),
         "GISTEmbedLoss": (peers.gist(TEMPERATURE, MARGIN), {"false_negative_margin": MARGIN}, {}),
         "NTXentLoss": (peers.ntxent(TEMPERATURE), {}, {}),
         "SupConLoss": (peers.supcon(TEMPERATURE, IDS), {"positives": "ids"}, {"ids": IDS}),
@@ -56,6 +65,22 @@ def test_equals_peer(name, backend):
     theirs = peers.gradients(peer, pred, target)
     for got, wanted in zip(peers.gradients(ours, pred, target), theirs, strict=True):
         assert relative_error(got, wanted) <= 1e-6  # norm-wise; float32 on both sides
+
+
+def test_equals_lightly():
+    """SimCLR: of 2N views each is a query, its partner the positive, all others but itself negatives."""
+    pred, target = make_rows(N, D, distance=0.8)
+    ids = torch.arange(N).repeat(2)  # excludes the view itself among the keys
+
+    def ours(pred, target):
+        queries, keys = torch.cat([pred, target]), torch.cat([target, pred])
+        return functional.seq_loss(
+            queries, keys, ids=ids, mse=0.0, infonce=1.0, temperature=TEMPERATURE, weighting="fixed"
+        )[0]
+
+    theirs = peers.gradients(peers.simclr(TEMPERATURE), pred, target)
+    for got, wanted in zip(peers.gradients(ours, pred, target), theirs, strict=True):
+        assert relative_error(got, wanted) <= 1e-6
 
 
 def test_the_cases_do_what_they_say():

@@ -1,0 +1,102 @@
+"""`python -m bench.grid`: InfoNCE against other libraries over sizes and dtypes; writes JSON, plots and README tables.
+
+Time of forward + backward by turns in one process; extra peak memory in a process per contender; the growth of both
+with the number of rows, as the exponent of a power law fitted to the larger half of the sizes.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from amn_kernels.train.runs import write_atomically
+from bench import memory, report, timing
+from bench.contests import CONTESTS, OURS, check_equal, make_inputs, step
+from bench.timing import interleaved, summary
+
+ROWS = [2**k for k in range(5, 14)]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MOST_ROWS = 32768  # the fused loss alone, once
+
+
+def main() -> None:
+    """Measure the cells asked for; what the file holds of other cells is kept."""
+    parser = argparse.ArgumentParser(prog="python -m bench.grid", description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
+    parser.add_argument("--dims", type=int, nargs="*", default=[384, 768, 1536])
+    parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--contests", nargs="*", default=list(CONTESTS), choices=list(CONTESTS))
+    parser.add_argument("--memory-rows", type=int, nargs="*", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--most-rows", type=int, default=MOST_ROWS, help="of the fused loss alone; 0: none")
+    parser.add_argument("--seconds", type=float, default=20.0, help="about how long each cell takes")
+    parser.add_argument("--json", type=Path, default=report.PEERS)
+    parser.add_argument("--processor-time", action="store_true", help="one thread: for a machine that others use")
+    parser.add_argument("--smoke", action="store_true", help="few small sizes into runs/: only shows that it runs")
+    arguments = parser.parse_args()
+    if arguments.processor_time:
+        timing.use_processor_time()
+    if arguments.smoke:
+        arguments.rows, arguments.dims, arguments.memory_rows, arguments.most_rows = [32, 128], [768], [512], 0
+        arguments.dtypes, arguments.seconds, arguments.json = ["float32"], 0.5, Path("runs/bench/peers.json")
+
+    result = {"times": [], "memory": [], "alone": []}
+    if arguments.json.exists():
+        result = json.loads(arguments.json.read_text())
+    result["machine"] = report.machine()
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep(kind: str, entry: dict, *key: str) -> None:
+        """Replace the entry of the same key, and write at once: a long measurement may be interrupted."""
+        same = [e for e in result[kind] if all(e[k] == entry[k] for k in key)]
+        result[kind] = [e for e in result[kind] if e not in same] + [entry]
+        write_atomically(arguments.json, json.dumps(result, indent=1) + "\n")
+
+    for name in arguments.contests:
+        for dtype in arguments.dtypes:
+            for dim in arguments.dims:
+                for rows in arguments.rows:
+                    entry = measure(name, rows, dim, dtype, arguments.seconds)
+                    keep("times", entry, "contest", "rows", "dim", "dtype")
+                    print(report.line(entry), flush=True)
+    for rows in arguments.memory_rows:
+        for name in arguments.contests:
+            for contender in CONTESTS[name].contenders(rows):
+                extra, _ = memory.measure_contender(name, contender, rows)
+                entry = {"contest": name, "contender": contender, "rows": rows, "dim": memory.DIM, "bytes": extra}
+                keep("memory", entry, "contest", "contender", "rows")
+                print(f"{name:<15} {contender:<36} {rows:>6,} rows {extra / 2**20:8,.1f} MiB", flush=True)
+    if arguments.most_rows:
+        entry = alone(arguments.most_rows)
+        keep("alone", entry, "rows")
+        print(f"fused alone, {entry['rows']:,} rows: {entry['seconds']:.1f} s, {entry['bytes'] / 2**20:,.0f} MiB")
+    if not arguments.smoke:
+        report.render()
+
+
+def measure(contest: str, rows: int, dim: int, dtype: str, seconds: float) -> dict:
+    """One cell: equality first, then times by turns."""
+    form = CONTESTS[contest]
+    pred, target = make_inputs(rows, dim, DTYPES[dtype], form.target_learns)
+    losses = form.contenders(rows)
+    differences = check_equal(losses, pred, target)
+    times = interleaved({name: step(loss, pred, target) for name, loss in losses.items()}, seconds)
+    results = summary(times, OURS)
+    for name, difference in differences.items():
+        results[name]["gradient_difference"] = difference
+    left_out = {name: why(rows) for name, why in form.left_out.items() if why(rows)}
+    return {
+        "contest": contest, "rows": rows, "dim": dim, "dtype": dtype, "load": os.getloadavg()[0],
+        "contenders": results, "left_out": left_out,
+    }  # fmt: skip
+
+
+def alone(rows: int) -> dict:
+    """Extra memory and time of the fused loss, where no other could follow."""
+    extra, seconds = memory.measure_contender("pred_to_target", OURS, rows)
+    return {"rows": rows, "dim": memory.DIM, "seconds": seconds, "bytes": extra}
+
+
+if __name__ == "__main__":
+    main()
