@@ -74,7 +74,7 @@ class _GradientCache(torch.autograd.Function):
     def forward(ctx, loss, *embeddings):
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_(x.requires_grad) for x in embeddings]
-            value = loss.calculate_loss([[leaf] for leaf in leaves], with_backward=True)
+            value = loss.calculate_loss([[x] for x in leaves], with_backward=any(x.requires_grad for x in leaves))
         ctx.save_for_backward(*(leaf.grad for leaf in leaves))
         return value.detach()
 

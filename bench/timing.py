@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 import torch
 
+TURN = 0.005
+"""Seconds: a turn is as many calls as take about so long, at least one."""
+
 _clock = time.perf_counter
 
 
 def use_processor_time() -> None:
-    """One thread from now on, and its processor time for every figure: what others do on the machine then hardly shows.
+    """One thread from now on, and its processor time for every figure: what others do on the machine then shows less.
 
     Waiting of threads for each other can't be told from being kept waiting by others, so this is for one thread only.
     """
@@ -20,26 +23,34 @@ def use_processor_time() -> None:
 
 
 def clock_name() -> str:
+    """What the figures are."""
     return "wall time" if _clock is time.perf_counter else "processor time"
 
 
 def interleaved(runs: dict[str, Callable[[], None]], seconds: float, least: int = 3) -> dict[str, list[float]]:
-    """Seconds of each call, by name: rounds of one call each until about `seconds` have passed, at least `least`.
+    """Seconds per call, by name, of every turn: rounds of one turn each for about `seconds`, at least `least` rounds.
 
-    The order rotates, so that each contender comes after each other one and finds the caches as that left them.
+    The order rotates, so that each contender comes after each other one.
     """
-    for run in runs.values():  # warm-up: compilation, thread pools, allocator
-        run()
+    calls = {}
+    for name, run in runs.items():
+        run()  # compilation, thread pools, allocator
+        calls[name] = max(1, round(TURN / _turn(run, 1)))
     times = {name: [] for name in runs}
     order = list(runs)
-    end = time.perf_counter() + seconds
-    while len(times[order[0]]) < least or time.perf_counter() < end:
+    end = _clock() + seconds
+    while len(times[order[0]]) < least or _clock() < end:
         order.append(order.pop(0))
         for name in order:
-            start = _clock()
-            runs[name]()
-            times[name].append(_clock() - start)
+            times[name].append(_turn(runs[name], calls[name]))
     return times
+
+
+def _turn(run: Callable[[], None], calls: int) -> float:
+    start = _clock()
+    for _ in range(calls):
+        run()
+    return (_clock() - start) / calls
 
 
 def summary(times: dict[str, list[float]], base: str) -> dict[str, dict]:
