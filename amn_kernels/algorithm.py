@@ -248,8 +248,9 @@ def forward(
     values, grams, metrics = (torch.empty(shape, **reals) for shape in ((m,), (gram, gram), (len(METRICS),)))
     # The values of the columns are those of all processes already, and would be counted once for each.
     prim.term_sums(rows, col_values / exchange.size, terms, form, dim, tau, values, grams, metrics)
-    sums = exchange.sum(torch.cat([values, grams.flatten(), metrics]))
-    values, grams, metrics = sums.split([m, gram * gram, len(METRICS)])
+    if exchange.size > 1:
+        sums = exchange.sum(torch.cat([values, grams.flatten(), metrics]))
+        values, grams, metrics = sums.split([m, gram * gram, len(METRICS)])
     return values, grams.view(gram, gram) if gram else None, metrics, saved
 
 
@@ -407,7 +408,7 @@ class _Infonce:
         multiply(attention, weights.mT, units, accumulate=True)
 
     def _dots(self, attention: Tensor, held: Attention) -> None:
-        for chunk in self._chunks():
+        for chunk in [self.some] if self.p.direct and self.t.direct else self._chunks():
             rows, out = self.rows[:, chunk.numbers], chunk.view(attention)
             self.prim.row_dots(self.p.of(chunk), self.t.of(chunk), out, rows, held, self.form, self.tau)
 

@@ -6,6 +6,10 @@
     scalars.py      numbers per row and the small formulas that kernels share
     *.py            the kernels themselves
 
+A training step by chunks launches 5 kernels and one per chunk of rows and block of keys (softmax_rows), beside the two
+matrix products of each: row_stats, row_dots, two for term_sums, row_combine. Both directions, positives by id and
+gradients for keys take two per chunk and block, terms of columns 4 more. Groups go together as far as they fit.
+
 The modules that need Triton are imported when the backend is first used, so the package works without it.
 """
 

@@ -1,0 +1,76 @@
+"""The Triton backend's op as PyTorch sees it, without a GPU: schema, fakes, tracing. Its arithmetic is here that of the
+compiled primitives, so that it runs on the CPU.
+"""
+
+import sys
+
+import pytest
+import torch
+from error_rule import make_rows, relative_error
+
+from amn_kernels import ops, reference
+from amn_kernels.options import LossOptions
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.skipif("ttsem.harness" in sys.modules, reason="under ttsem tensors say that they are on a CUDA device"),
+    pytest.mark.skipif(ops.why_unavailable() is not None, reason=str(ops.why_unavailable())),
+]
+
+PLAIN = LossOptions(mse=1.0, cosine=0.5, infonce=0.25, temperature=0.3)
+GENERAL = LossOptions(mse=1.0, infonce=0.25, moment=0.5, direction="both", monitor=("cosine",))
+
+
+@pytest.fixture(autouse=True)
+def backend(monkeypatch):
+    from amn_kernels.primitives import CompiledPrimitives
+    from amn_kernels.triton import backend
+
+    monkeypatch.setattr(backend, "_PRIMITIVES", CompiledPrimitives())
+    return backend
+
+
+@pytest.mark.parametrize("options", [PLAIN, GENERAL])
+def test_opcheck(backend, options):
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    pred, target = make_rows(20, 8, dtype=torch.float64)
+    extra, tau = make_rows(3, 8, dtype=torch.float64, seed=1)[0], torch.tensor(0.2, dtype=torch.float64)
+    mask, ids = torch.arange(20) % 5 != 0, torch.arange(20) % 7
+    for tensors, needs in (((None,) * 4, 1), ((mask, ids, extra, tau), 15), ((None, None, extra, None), 0)):
+        forward = (pred, target, *tensors, *ops.choices_of(options))
+        op = torch.ops.amn_kernels_triton._seq_loss_forward.default
+        torch.library.opcheck(op, (*forward, 1 << 20, needs), test_utils=checks)
+        *_, rows, attention, columns = op(*forward, 1 << 20, needs)
+        incoming = torch.ones(len(options.terms), dtype=torch.float64)
+        backward = (incoming, pred, target, *tensors, rows, attention, columns, *ops.choices_of(options), needs)
+        torch.library.opcheck(torch.ops.amn_kernels_triton._seq_loss_backward.default, backward, test_utils=checks)
+
+
+@pytest.mark.parametrize("options", [PLAIN, GENERAL])
+def test_compiles_as_one_graph(backend, options):
+    pred, target = (x.requires_grad_() for x in make_rows(20, 8))
+
+    def loss(pred, target):
+        return backend.term_outputs(pred * 2, target, options).values.square().sum()
+
+    def plain(pred, target):
+        return reference.term_outputs(pred * 2, target, options).values.square().sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    got = torch.autograd.grad(compiled(pred, target), (pred, target))
+    wanted = torch.autograd.grad(plain(pred.double(), target.double()), (pred, target))
+    for x, y in zip(got, wanted, strict=True):
+        assert relative_error(x, y) <= 1e-5
+
+
+def test_checkpointing_and_retained_graphs(backend):
+    """The backward may run twice, and on what is computed anew."""
+    pred, target = make_rows(12, 6)
+    pred.requires_grad_()
+    values = backend.term_outputs(pred, target, PLAIN).values
+    first, second = (torch.autograd.grad(values.sum(), pred, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    again = torch.utils.checkpoint.checkpoint(
+        lambda x: backend.term_outputs(x, target, PLAIN).values.sum(), pred, use_reentrant=False
+    )
+    assert torch.equal(torch.autograd.grad(again, pred)[0], first)
