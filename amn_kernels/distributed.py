@@ -5,7 +5,9 @@ two blocks of keys at a time and never all of them. What is gathered for a block
 targets, travels with it and comes home after the last step. The backward needs no communication.
 """
 
+import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from torch import Tensor
 from amn_kernels import algorithm, ops, triton
 from amn_kernels.algorithm import Exchange, Keys, Saved
 from amn_kernels.primitives import CompiledPrimitives, Primitives
+from amn_kernels.reference.seq_loss import compute_dtype
 from amn_kernels.stats import TermOutputs
 
 _TENSORS = ("pred", "target", "extra_negatives", "temperature")
@@ -41,15 +44,24 @@ def _primitives(pred: Tensor) -> Primitives:
 class Group(Exchange):
     """The ranks of a process group; with ``ring`` they see each other's keys."""
 
-    def __init__(self, group: dist.ProcessGroup | None, ring: bool, rows: int, device: torch.device):
+    def __init__(
+        self, group: dist.ProcessGroup | None, ring: bool, rows: int, device: torch.device, same: dict[str, Any]
+    ):
         self.group = dist.group.WORLD if group is None else group
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.ring = ring and self.size > 1
         self.counts = [rows] * self.size
-        if self.ring:  # every rank must know how many keys to expect
-            counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.size)]
-            dist.all_gather(counts, torch.tensor([rows], device=device), group=self.group)
-            self.counts = [int(count) for count in counts]
+        if not self.ring:
+            return
+        # Every rank must know how many keys to expect. What differs elsewhere would have ranks wait for what nobody
+        # sends, or take one thing for another.
+        own = torch.tensor([rows, *(zlib.crc32(repr(fact).encode()) for fact in same.values())], device=device)
+        everyone = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(everyone, own, group=self.group)
+        self.counts, *facts = torch.stack(everyone).T.tolist()
+        for (name, fact), codes in zip(same.items(), facts, strict=True):
+            if len(set(codes)) > 1:
+                raise ValueError(f"{name} must be the same on every rank, rank {self.rank} has {fact}")
 
     def sum(self, x: Tensor) -> Tensor:  # noqa: D102
         x = x.clone()
@@ -164,10 +176,21 @@ def term_outputs(call) -> TermOutputs:
     metrics are those of the rows of all ranks as one batch, the same on every rank. Gradients are those of the values
     times the number of ranks, so that the mean over ranks that DistributedDataParallel takes is the gradient of the
     loss. Extra negatives are keys for the rows of their own rank. A rank that fails gives the others an error of
-    torch.distributed, within the timeout of the group.
+    torch.distributed, within the timeout of the group; ValueError on every rank if, with ``gather_negatives``, they
+    differ in more than their rows.
     """
     options, rows = call.options, call.pred.shape[:-1].numel()
-    group = Group(options.process_group, options.gather_negatives, rows, call.pred.device)
+    given = {name: getattr(call, name) for name in _TENSORS}
+    grad = torch.is_grad_enabled()
+    same = {
+        "pred's last dimension": call.pred.shape[-1],
+        "the dtype that is computed in": compute_dtype(call.pred, call.target),
+        "whether ids are given": call.ids is not None,
+        "what needs a gradient": [name for name, x in given.items() if grad and x is not None and x.requires_grad],
+        "what the loss consists of": (options.terms, options.lambdas, options.monitor),
+        "what infonce compares": (options.direction, options.positives, options.false_negative_margin),
+    }
+    group = Group(options.process_group, options.gather_negatives, rows, call.pred.device, same)
     values, gram, metrics = _SeqLoss.apply(
         group, options, call.mask, call.ids, call.pred, call.target, call.extra_negatives, call.temperature
     )

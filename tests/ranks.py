@@ -6,6 +6,7 @@ import os
 import sys
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
 from error_rule import make_rows, relative_error
@@ -142,6 +143,30 @@ def data_parallel(rank, sizes):
         assert relative_error(parameter.grad, gradient) <= 1e-11
 
 
+def disagreements(rank):
+    """What one rank gives and the others don't is an error on all of them at once, and nobody waits."""
+    pred, target = make_rows(5, 12)
+    ids = torch.arange(5)
+
+    def leaf(x, needs):
+        return x.clone().requires_grad_(needs)
+
+    odd = rank == 1
+    calls = {
+        "whether ids are given": lambda loss: loss(pred, target, ids=ids if odd else None),
+        "pred's last dimension": lambda loss: loss(pred[:, odd:], target[:, odd:]),
+        "dtype": lambda loss: loss(pred.double() if odd else pred, target),
+        "what needs a gradient": lambda loss: loss(leaf(pred, needs=True), leaf(target, needs=odd)),
+        "what the loss consists of": lambda _: FusedSeqLoss(infonce=2.0 - odd, gather_negatives=True)(pred, target),
+        "what infonce compares": lambda _: FusedSeqLoss(
+            infonce=1.0, gather_negatives=True, direction="both" if odd else "pred_to_target"
+        )(pred, target),
+    }
+    for words, call in calls.items():
+        with pytest.raises(ValueError, match=f"{words}.* must be the same on every rank, rank {rank} has"):
+            call(FusedSeqLoss(infonce=1.0, gather_negatives=True))
+
+
 class _WithQueue(nn.Module):
     """A model that holds its criterion and its queue, as a training loop may wrap it."""
 
@@ -199,6 +224,7 @@ def main():
     local_keys(rank, sizes)
     data_parallel(rank, sizes)
     queues_of_ranks(rank, sizes)
+    disagreements(rank)
     if rank == 0:
         print(f"{count} cases")
     dist.destroy_process_group()

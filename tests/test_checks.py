@@ -59,7 +59,17 @@ BAD_OPTIONS = [
     ({"monitor": "cosine"}, ValueError, ("monitor", "tuple", "'cosine'")),
     ({"backend": "cuda11"}, ValueError, ("backend", "cpu", "'cuda11'")),
     *(({"chunk_bytes": bad}, ValueError, ("chunk_bytes", str(bad))) for bad in (0, -1, 1.5, True)),
-    ({"update_every": 0}, ValueError, ("update_every", "0")),
+    *(({"update_every": bad}, ValueError, ("update_every", str(bad))) for bad in (0, None, 1.0, 1 << 70)),
+    ({"chunk_bytes": 1 << 70}, ValueError, ("chunk_bytes", str(1 << 70))),  # no 64-bit number
+    *(({term: 10**400}, ValueError, (term, "finite", "1000")) for term in ("mse", "temperature", "variance_target")),
+    ({"mse": -(10**5000)}, ValueError, ("mse", "finite", "16610 bits")),  # more digits than Python prints
+    *(({name: 1}, ValueError, (name, "True or False", "1")) for name in ("learnable_temperature", "check_finite")),
+    ({"variance_target": math.inf}, ValueError, ("variance_target", "inf")),
+    *(({"monitor": bad}, ValueError, ("monitor", "tuple", str(bad))) for bad in (1, None)),
+    ({"monitor": (None,)}, ValueError, ("monitor", "None")),
+    ({"backend": ["cpu"]}, ValueError, ("backend", "['cpu']")),
+    ({"direction": ["both"]}, ValueError, ("direction", "['both']")),
+    ({"anchor": 0}, ValueError, ("anchor", "0")),
     *(({"variance_target": bad}, ValueError, ("variance_target", str(bad))) for bad in (0, -1.0, math.nan)),
     ({"l2": 1.0}, TypeError, ("l2",)),
 ]
@@ -93,6 +103,9 @@ BAD_TENSORS = [
     (ROWS, ROWS.to(torch.complex64), {}, {}, TypeError, ("target", "torch.complex64")),
     (ROWS, ROWS.to(torch.float8_e4m3fn), {}, {}, TypeError, ("target", "torch.float8_e4m3fn")),
     (ROWS.numpy(), ROWS, {}, {}, TypeError, ("pred", "ndarray")),
+    (ROWS.to_sparse(), ROWS, {}, {}, TypeError, ("pred", "dense", "sparse_coo")),
+    (ROWS, ROWS.to_sparse(), {}, {}, TypeError, ("target", "dense", "sparse_coo")),
+    (ROWS, ROWS, {"mask": KEEP.to_sparse()}, {}, TypeError, ("mask", "dense", "sparse_coo")),
     (ROWS, [[1.0]], {}, {}, TypeError, ("target", "list")),
     (ROWS[:0], ROWS[:0], {}, {}, ValueError, ("pred", "[0, 3]")),
     (ROWS[:, :0], ROWS[:, :0], {}, {}, ValueError, ("pred", "[4, 0]")),
