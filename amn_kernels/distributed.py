@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from amn_kernels import algorithm, ops, triton
-from amn_kernels.algorithm import Exchange, Keys, Saved
+from amn_kernels.algorithm import Saved
+from amn_kernels.infonce import Exchange, Keys
 from amn_kernels.primitives import CompiledPrimitives, Primitives
 from amn_kernels.reference.seq_loss import compute_dtype
 from amn_kernels.stats import TermOutputs

@@ -7,7 +7,8 @@ import torch
 from combinations import CHOICES, inputs_of, label, options_of, sample
 
 from amn_kernels import algorithm, ops, triton
-from amn_kernels.algorithm import Exchange, Saved
+from amn_kernels.algorithm import Saved
+from amn_kernels.infonce import Exchange
 from amn_kernels.options import DEFAULT_CHUNK_BYTES, TERMS, LossOptions
 from amn_kernels.primitives import CompiledPrimitives, Row
 

@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from amn_kernels import algorithm
+from amn_kernels.infonce import Exchange
 from amn_kernels.options import TERMS, LossOptions
+from amn_kernels.rows import CHUNK_ROWS
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif("ttsem.harness" in sys.modules, reason="under ttsem all tensors have data")
@@ -52,7 +54,7 @@ def step(options, inputs, needs):
 
     prim = TritonPrimitives()
     with OnDeviceOnly():
-        values, _, _, saved = algorithm.forward(prim, algorithm.Exchange(), options, **inputs, needs=needs)
+        values, _, _, saved = algorithm.forward(prim, Exchange(), options, **inputs, needs=needs)
         inputs = {name: x for name, x in inputs.items() if name not in ("mask", "ids")}
         return algorithm.backward(prim, options, saved, values, **inputs, needs=needs)
 
@@ -84,7 +86,7 @@ def test_launches_of_a_training_step(launched):
     options = LossOptions(mse=1.0, cosine=1.0, infonce=1.0)
     inputs = {"pred": rows(8192), "target": rows(8192)}
     step(options, inputs, frozenset(["pred"]))
-    chunks = 8192 // algorithm.CHUNK_ROWS
+    chunks = 8192 // CHUNK_ROWS
     assert launched == [
         "row_stats_kernel",
         *["softmax_rows_kernel"] * chunks,

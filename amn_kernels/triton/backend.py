@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from amn_kernels import algorithm, ops
-from amn_kernels.algorithm import Exchange, Saved
+from amn_kernels.algorithm import Saved
+from amn_kernels.infonce import Exchange
 from amn_kernels.options import LossOptions
 from amn_kernels.stats import TermOutputs
 from amn_kernels.triton import primitives
