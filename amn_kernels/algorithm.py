@@ -121,6 +121,7 @@ def forward(
     if has_infonce:
         group_ids = None if ids is None else to_groups(ids, options.negatives, ids.dim()).long().contiguous()
         budget = (options.chunk_bytes or prim.chunk_bytes[options.direction]) // real.itemsize
+        budget //= 1 if options.false_negative_margin is None else 2  # the guide takes as much as the similarities
         most_keys = max(size, 0 if extra is None else extra.keys.shape[1])
         for some in chunks_of(groups, size, max(size, budget // most_keys)):
             own = Keys(t.of(some), scale[some.groups], None if group_ids is None else group_ids[some.groups], own=True)

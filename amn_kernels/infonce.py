@@ -82,7 +82,7 @@ class Infonce:
     ):
         self.prim, self.exchange, self.form, self.tau = prim, exchange, form, tau
         self.p, self.t, self.some, self.rows, self.own, self.extra = p, t, some, rows, own, extra
-        self.margin, self.budget, self.real = options.false_negative_margin, budget, own.scale.dtype
+        self.margin, self.real = options.false_negative_margin, own.scale.dtype
         self.groups, self.size = own.scale.shape
         self.further = []
         if extra is not None:  # every group sees them

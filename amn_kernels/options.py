@@ -61,12 +61,12 @@ class LossOptions:
             DistributedDataParallel takes is the gradient of the loss.
         gather_negatives: The targets of all ranks of the group (default: of the default group) are keys, passed around
             in a ring so that no rank holds them all; otherwise those of the own rank. Needs ``negatives="all"``.
-        backend: ``"cpu"`` or ``"reference"``; default: the environment variable AMN_KERNELS_BACKEND, else the best
-            one that can do what is asked.
-        chunk_bytes: Scratch memory of the compiled backend for similarities, in bytes; default 8 MiB, and 64 MiB for
-            ``direction="both"``, which computes similarities twice if they don't fit. Taken are at least 64 keys for a
-            chunk of 1,024 rows, and with both directions, ``positives="ids"`` or a gradient for keys at least all keys
-            for 64 rows. It never changes the result beyond rounding.
+        backend: ``"cpu"``, ``"triton"`` or ``"reference"``; default: the environment variable AMN_KERNELS_BACKEND, else
+            the best one that can do what is asked.
+        chunk_bytes: Scratch memory for similarities, in bytes; default 8 MiB, and 64 MiB for ``direction="both"``,
+            which computes similarities twice if they don't fit; on CUDA 64 and 512 MiB. Taken are at least 64 keys for
+            a chunk of 1,024 rows, and on the CPU with both directions, ``positives="ids"`` or a gradient for keys at
+            least all keys for 64 rows. It never changes the result beyond rounding.
         check_finite: Raise on NaN or Inf in a row that counts, instead of returning a NaN loss. Synchronises.
 
     Raises:

@@ -77,6 +77,12 @@ def test_pred_and_target_have_strides_of_their_own(negatives):
     assert_equals_reference(padded[..., :20], transposed, **options)
 
 
+def test_rows_of_more_than_one_block_of_sums():
+    """1,100 rows are two blocks of sums and three of column moments, which must not fall on each other."""
+    pred, target = (x.to("cuda") for x in make_rows(1100, 2, distance=0.5))
+    assert_equals_reference(pred, target, mse=1.0, cosine=0.5, moment=0.5, variance=0.5)
+
+
 @pytest.mark.parametrize("direction", ["pred_to_target", "both"])
 @pytest.mark.parametrize("chunk_bytes", [1, None])
 def test_logits_far_above_the_range_of_exp(direction, chunk_bytes):
