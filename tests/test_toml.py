@@ -66,6 +66,9 @@ def test_on_the_command_line(tmp_path, capsys):
     assert cli.main(["train", "--config", str(path), "--epochs", "1", "--out", str(out)]) == 0
     saved = json.loads((out / "config.json").read_text())
     assert (saved["epochs"], saved["lambda_info"], saved["batch_size"]) == (1, 0.25, 8)
+    path.write_text("probe_steps = 0\nbatch_size = 8\nstrict = true")
+    assert cli.main(["audit", "--config", str(path), "--data", str(tmp_path / "data.npz")]) == 0
+    assert "(at the start)" not in capsys.readouterr().out
     path.write_text("epoch = 2")
     assert cli.main(["train", "--config", str(path)]) == 2
     assert "unknown option 'epoch', did you mean 'epochs'?" in capsys.readouterr().err

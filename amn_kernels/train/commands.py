@@ -25,6 +25,11 @@ from amn_kernels.train.sweep import sweep as run_sweep
 from amn_kernels.train.toml import expand_config
 from amn_kernels.train.trainer import train as run_training
 
+# Commands whose options are a dataclass, which `--config FILE` can give.
+CONFIGS = {
+    "train": TrainConfig, "audit": AuditConfig, "demo": DemoConfig, "sweep": SweepConfig, "replay": ReplayConfig,
+}  # fmt: skip
+
 
 def make_console() -> Console:
     """A console that prints paths as they are: no markup, no line breaks of its own inside text."""
@@ -103,8 +108,8 @@ def run(arguments: list[str]) -> int:
 
     SystemExit(2) for wrong usage.
     """
-    if arguments[:1] == ["train"]:
-        arguments = ["train", *expand_config(arguments[1:], TrainConfig)]
+    if arguments and arguments[0] in CONFIGS:
+        arguments = [arguments[0], *expand_config(arguments[1:], CONFIGS[arguments[0]])]
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         code = tyro.extras.subcommand_cli_from_dict(

@@ -168,15 +168,16 @@ def _mean(values: list[float]) -> float:
 def _configuration(runs: list[dict]) -> str:
     options = runs[0]["options"]
     if runs[0]["run"] == WRONG_LOADER:
-        return f"weights of {MSE_ONLY}, seeds {_seeds(runs)}"
+        return f"weights of {MSE_ONLY}, {_seeds(runs)}"
+    epochs = "1 epoch" if options["epochs"] == 1 else f"{options['epochs']} epochs"
     return (
-        f"{options['weighting']}, λ {options['lambda_mse']:g}/{options['lambda_info']:g}, {options['epochs']} epochs, "
-        f"lr {options['lr']:g}, batch {options['batch_size']}, seeds {_seeds(runs)}"
+        f"{options['weighting']}, λ {options['lambda_mse']:g}/{options['lambda_info']:g}, {epochs}, "
+        f"lr {options['lr']:g}, batch {options['batch_size']}, {_seeds(runs)}"
     )
 
 
 def _seeds(runs: list[dict]) -> str:
-    return ", ".join(str(run["seed"]) for run in runs)
+    return ("seed " if len(runs) == 1 else "seeds ") + ", ".join(str(run["seed"]) for run in runs)
 
 
 def _analyse(

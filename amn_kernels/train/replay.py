@@ -36,20 +36,21 @@ RESULTS, REPORT = "results.json", "report.html"
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how often a model is trained where the options leave it open, and its learning rate."""
+    """How long and how often a model is trained where the options leave it open, and how fast."""
 
     epochs: int
     seeds: tuple[int, ...] = (0,)
     lr: float = SETTINGS.lr
+    batch_size: int = SETTINGS.batch_size
 
 
-# Seconds an epoch on one core: AMN 3, LSTM 30, GRU 46, Transformer 140, which with its normalisation after each block
-# and no warm-up needs the smaller rate.
+# Seconds an epoch on one core: AMN 3, LSTM 30, GRU 46, Transformer 140. The last two normalise after each block and
+# learn slowly: they get more updates from smaller batches, and the Transformer, which has no warm-up, a smaller rate.
 PLANS = {
     "amn": Plan(SETTINGS.epochs, seeds=(0, 1, 2)),
-    "lstm": Plan(4),
-    "gru": Plan(4),
-    "transformer": Plan(2, lr=3e-4),
+    "lstm": Plan(2),
+    "gru": Plan(2, batch_size=64),
+    "transformer": Plan(1, lr=3e-4, batch_size=64),
 }
 OTHER_PLAN = Plan(4)
 
@@ -63,7 +64,8 @@ class ReplayConfig:
     seeds: str | None = None
     """Seeds, with commas; default: 0,1,2 for amn, 0 for the others."""
     epochs: int | None = None
-    """Passes over the training windows in every run; default: 8 for amn, 4 for lstm and gru, 2 for transformer."""
+    """Passes over the training windows in every run; default: 8 for amn, 2 for lstm and gru, 1 for
+    transformer."""
     data: Path | None = None
     """NPZ file as for train; default: the bundled verses."""
     ood: Path | None = None
@@ -88,7 +90,7 @@ class ReplayConfig:
             seeds = tuple(int(part) for part in self.seeds.split(","))
         else:
             raise ValueError(f"seeds must be numbers with commas between them, got {self.seeds!r}")
-        return Plan(plan.epochs if self.epochs is None else self.epochs, seeds, plan.lr)
+        return dataclasses.replace(plan, epochs=plan.epochs if self.epochs is None else self.epochs, seeds=seeds)
 
 
 class AMNTwin(AMN):
@@ -164,7 +166,8 @@ def _trainings(config: ReplayConfig) -> list[tuple[DemoRun, TrainConfig]]:
         for seed in plan.seeds:
             for run in REPLAYED:
                 for residual in (False, True) if run.name in ON_THE_MEAN and takes_residual(model) else (False,):
-                    options = {"model": model, "epochs": plan.epochs, "lr": plan.lr, "seed": seed, "residual": residual}
+                    options = {"model": model, "seed": seed, "residual": residual}
+                    options |= {"epochs": plan.epochs, "lr": plan.lr, "batch_size": plan.batch_size}
                     folder = f"{model}-on-mean" if residual else model
                     out = config.out / folder / run.folder / f"seed-{seed}"
                     settings = dataclasses.replace(SETTINGS, data=config.data, out=out, overwrite=True)

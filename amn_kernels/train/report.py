@@ -53,15 +53,16 @@ STYLE = {
 SIZE = (4.6, 3.1)  # inches; a chart fills a phone's width, three stand side by side on a desktop
 # History key -> chart title; {} is what follows the prefix. The order is that of the report.
 QUANTITIES = [
-    (r"validation_cosine", "Validation cosine"),
+    (r"validation_cosine", "Validation cosine (dashed: mean)"),
     (r"train_cosine", "Training cosine"),
     (r"loss_(\w+)", "Value of {}"),
     (r"weight_(\w+)", "Weight of {}"),
     (r"share_(\w+)", "Share of the update: {}"),
-    (r"gradient_cosine_(\w+)", "Angle between gradients, as cosine: {}"),
+    (r"gradient_cosine_(\w+)", "Gradient cosine: {}"),
     (r"top1", "Top-1 in the batch"),
     (r"lr", "Learning rate"),
 ]
+LONG_NUMBER = re.compile(r"\d+\.\d{3,}")
 LOGARITHMIC = re.compile(r"(loss|weight)_\w+|lr")
 
 
@@ -96,7 +97,7 @@ def render(results: dict, rows: list[Row]) -> str:
         untrained_names=[name for name in results["untrained"]["inside"] if name != TRAIN_MEAN],
         colors=COLORS,
         options=results["runs"][0]["options"],
-        varying={"model", "seed", "epochs", "lambda_mse", "lambda_info", "weighting", "lr"},
+        varying={"model", "seed", "residual", "epochs", "lambda_mse", "lambda_info", "weighting", "lr", "batch_size"},
     )
 
 
@@ -136,11 +137,17 @@ def _draw(name: str, title: str, draw: Callable[..., None], *arguments) -> Chart
         draw(axes, *arguments)
         picture = io.StringIO()
         figure.savefig(picture, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    # From the <svg> tag on: a prologue belongs to a file of its own.
-    svg = picture.getvalue()
+    return Chart(name, title, Markup(_inline(picture.getvalue(), title)))
+
+
+def _inline(svg: str, title: str) -> str:
+    """A drawing of matplotlib's as a part of the page: its font, no names that others have too, half the size."""
     svg = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return Chart(name, title, Markup(svg))
+    svg = re.sub(r' id="[^"]*_\d+"| font-family: [^;"]*;| transform="rotate\(-0 [^"]*"', "", svg)
+    # A hundredth of a point is nothing to see.
+    svg = re.sub(r"<[^>]*>", lambda tag: LONG_NUMBER.sub(lambda number: f"{float(number[0]):.2f}", tag[0]), svg)
+    return re.sub(r"\n\s*", "\n", svg)
 
 
 def _curves(axes: Axes, histories: dict[str, list[list[dict]]], key: str, reference: float | None) -> None:
@@ -157,10 +164,6 @@ def _curves(axes: Axes, histories: dict[str, list[list[dict]]], key: str, refere
             axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=color, alpha=0.18, linewidth=0)
     if reference is not None:
         axes.axhline(reference, color="#3c4653", linestyle="--", linewidth=1)
-        axes.annotate(
-            "mean of the context", (1, reference), xycoords=("axes fraction", "data"), xytext=(0, -4), ha="right",
-            va="top", textcoords="offset points", fontsize=7.5, color="#3c4653",
-        )  # fmt: skip
     low, high = axes.get_ylim()
     # Within a decade a logarithmic axis only has crowded labels.
     if LOGARITHMIC.fullmatch(key) and high > 10 * max(low, 0):
@@ -201,7 +204,7 @@ def _collapse_map(axes: Axes, results: dict, rows: list[Row], key: str) -> None:
     ):
         axes.fill_between([left, right], low, high, color=color, alpha=0.10, linewidth=0)
         at = (right, min(high, top)) if high > UNCORRELATED else (right, UNCORRELATED)
-        axes.annotate(name, at, xytext=(-3, -3), textcoords="offset points", ha="right", va="top", fontsize=8)
+        axes.annotate(name, at, xytext=(-3, -3), textcoords="offset points", ha="right", va="top", fontsize=8, zorder=1)
     axes.annotate("collapsed", (left / 2, top), xytext=(0, -3), textcoords="offset points", rotation=90, ha="center",
                   va="top", fontsize=8)  # fmt: skip
     axes.set(xlim=(0, right), ylim=(bottom, top))
