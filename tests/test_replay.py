@@ -8,7 +8,7 @@ import torch
 
 from amn_kernels import cli
 from amn_kernels.train import replay as module
-from amn_kernels.train.comparison import WRONG_LOADER, find_goals, summarise
+from amn_kernels.train.comparison import WRONG_LOADER, find_goals, markdown_table, summarise
 from amn_kernels.train.demo import FIXED, GRADIENT, MSE_ONLY
 from amn_kernels.train.models import AMN
 from amn_kernels.train.replay import PLANS, REPLAYED, AMNTwin, ReplayConfig
@@ -222,3 +222,19 @@ def test_analysis_says_what_the_panel_found_and_what_the_mean_mends():
     assert "fit every shape of another class" in wrong.analysis
     assert wrong.analysis.endswith("Uncorrelated: because.")
     assert (wrong.kept, wrong.gained, wrong.shares) == (None, None, {})
+
+
+def test_markdown_table_has_what_is_kept_and_gained():
+    cells = {
+        ("amn", MSE_ONLY): [figures(0.56, 0.15, (0.01, 0.02))],
+        ("amn", GRADIENT): [figures(0.54, 0.20, (-0.02, 0.02))],
+    }
+    results = results_of(cells)
+    for of_set in results["untrained"].values():
+        of_set["copy last"] = figures(0.45, 0.24, (0, 0))
+    assert markdown_table(summarise(results), results["untrained"]).splitlines()[2:] == [
+        "| amn | MSE only | 0.560 |  | 0.150 |  |  |",
+        "| amn | gradient 0.5/0.5 | 0.540 | 96.4% | 0.200 | 1.33x |  |",
+        "| untrained | mean of context | 0.550 | | 0.200 | | 0.550 |",
+        "| untrained | copy last | 0.450 | | 0.240 | | 0.450 |",
+    ]

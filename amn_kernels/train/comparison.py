@@ -9,7 +9,7 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from amn_kernels.train.baselines import MEAN
+from amn_kernels.train.baselines import LAST, MEAN
 from amn_kernels.train.demo import FIXED, GRADIENT, MSE_ONLY, mean_shares
 
 WRONG_LOADER = "wrong loader"
@@ -142,6 +142,32 @@ def comparison_table(rows: list[Row]) -> Table:
             end_section=following is not None and following.model != row.model,
         )
     return table
+
+
+def markdown_table(rows: list[Row], untrained: dict) -> str:
+    """The same figures for a README, without the analysis; `untrained` as in the results of `replay`."""
+    lines = [
+        "| model | run | cosine | kept | hit@10 | gained | cosine, out of distribution |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        is_other = row.run not in (MSE_ONLY, WRONG_LOADER)
+        cells = [
+            row.model,
+            row.run,
+            f"{row.inside.metrics['cosine']:.3f}",
+            f"{row.kept:.1%}" if is_other and row.kept is not None else "",
+            f"{row.inside.metrics['hit@10']:.3f}",
+            f"{row.gained:.2f}x" if is_other and row.gained is not None else "",
+            "" if row.outside is None else f"{row.outside.metrics['cosine']:.3f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    for name in (MEAN, LAST):
+        inside, outside = (untrained.get(key, {}).get(name) for key in ("inside", "outside"))
+        cosine, hit = (f"{inside['metrics'][metric]:.3f}" for metric in ("cosine", "hit@10"))
+        beyond = "" if outside is None else f"{outside['metrics']['cosine']:.3f}"
+        lines.append(f"| untrained | {name} | {cosine} | | {hit} | | {beyond} |")
+    return "\n".join(lines) + "\n"
 
 
 def _summary(runs: list[dict], key: str, untrained: dict) -> SetSummary | None:

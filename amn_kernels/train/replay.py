@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -36,21 +36,20 @@ RESULTS, REPORT = "results.json", "report.html"
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how often a model is trained where the options leave it open, and how fast."""
+    """How long and how often a model is trained where the options leave it open, and what differs from SETTINGS."""
 
     epochs: int
     seeds: tuple[int, ...] = (0,)
-    lr: float = SETTINGS.lr
-    batch_size: int = SETTINGS.batch_size
+    options: dict = field(default_factory=dict)
 
 
 # Seconds an epoch on one core: AMN 3, LSTM 30, GRU 46, Transformer 140. The last two normalise after each block and
-# learn slowly: they get more updates from smaller batches, and the Transformer, which has no warm-up, a smaller rate.
+# learn slowly: they get more updates from smaller batches.
 PLANS = {
     "amn": Plan(SETTINGS.epochs, seeds=(0, 1, 2)),
     "lstm": Plan(2),
-    "gru": Plan(2, batch_size=64),
-    "transformer": Plan(1, lr=3e-4, batch_size=64),
+    "gru": Plan(1, options={"batch_size": 64, "schedule": "cosine", "warmup": 20}),
+    "transformer": Plan(1, options={"batch_size": 64, "lr": 3e-4}),
 }
 OTHER_PLAN = Plan(4)
 
@@ -166,12 +165,11 @@ def _trainings(config: ReplayConfig) -> list[tuple[DemoRun, TrainConfig]]:
         for seed in plan.seeds:
             for run in REPLAYED:
                 for residual in (False, True) if run.name in ON_THE_MEAN and takes_residual(model) else (False,):
-                    options = {"model": model, "seed": seed, "residual": residual}
-                    options |= {"epochs": plan.epochs, "lr": plan.lr, "batch_size": plan.batch_size}
+                    options = {"model": model, "epochs": plan.epochs, "seed": seed, "residual": residual}
                     folder = f"{model}-on-mean" if residual else model
                     out = config.out / folder / run.folder / f"seed-{seed}"
                     settings = dataclasses.replace(SETTINGS, data=config.data, out=out, overwrite=True)
-                    trainings.append((run, dataclasses.replace(settings, **options | run.options)))
+                    trainings.append((run, dataclasses.replace(settings, **options | plan.options | run.options)))
     # Added to the mean last, so that the runs of the original comparison are there first.
     return sorted(trainings, key=lambda training: training[1].residual)
 
