@@ -89,7 +89,9 @@ class LossStats:
     def gradient_cosine(self) -> dict[tuple[str, str], Tensor]:
         """Cosine of the angle between the gradients of each pair of terms that are on; below 0 they conflict.
 
-        NaN where one of the two sends no gradient, as a hinge that is met.
+        NaN where one of the two sends no gradient, as a hinge that is met. Between cosine and infonce, moment or
+        variance it has the error of p - t where targets are much shorter: for infonce in float32 1e-7 at |p| = 100 |t|,
+        1e-5 at 10^4 |t|, 2e-3 at 10^6 |t|. Norms, and so weights, and gradients are not concerned.
         """
         if self.gram is None:
             return {}

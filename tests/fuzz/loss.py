@@ -68,7 +68,7 @@ class Case:
     scales: tuple[float, float] = (1.0, 1.0)
     distance: float | None = None
     special: tuple[tuple[str, int, str], ...] = ()
-    """Of pred, target or both, which row becomes what: a key of `SPECIAL`, or "copy" or "opposite" of row 0."""
+    """Of pred, target, both or extra, which row becomes what: a key of `SPECIAL`, or "copy" or "opposite" of row 0."""
     masked: float | None = None
     """Share of masked rows, which hold NaN."""
     ids: int | None = None
@@ -85,18 +85,22 @@ class Case:
         generator = torch.Generator().manual_seed(self.seed + 1)
         rows, dim = pred[..., 0].numel(), self.shape[-1]
         given: dict[str, Tensor | None] = {"mask": None, "ids": None, "extra": None}
-        sides = {"pred": pred.view(rows, dim), "target": target.view(rows, dim)}
-        for x, scale in zip(sides.values(), self.scales, strict=True):
-            x *= scale
+        extra = torch.randn(self.extra, dim, generator=generator, dtype=torch.float64)
+        sides = {"pred": pred.view(rows, dim), "target": target.view(rows, dim), "extra": extra}
+        for name, scale in zip(("pred", "target"), self.scales, strict=True):
+            sides[name] *= scale
         for which, row, kind in self.special:
             for side in ("pred", "target") if which == "both" else (which,):
                 x = sides[side]
+                if not len(x):
+                    continue
+                at = row % len(x)
                 if kind in ("copy", "opposite"):
-                    x[row % rows] = x[0] if kind == "copy" else -x[0]
+                    x[at] = x[0] if kind == "copy" else -x[0]
                 elif kind in ("nan", "inf", "-inf"):
-                    x[row % rows, row % dim] = SPECIAL[kind]
+                    x[at, row % dim] = SPECIAL[kind]
                 else:
-                    x[row % rows] *= SPECIAL[kind] / x[row % rows].norm().clamp(min=1e-30)
+                    x[at] *= SPECIAL[kind] / x[at].norm().clamp(min=1e-30)
         if self.masked is not None:
             given["mask"] = torch.rand(self.shape[:-1], generator=generator) >= self.masked
             for x in (pred, target):
@@ -104,8 +108,7 @@ class Case:
         if self.ids is not None:
             given["ids"] = torch.randint(0, self.ids, self.shape[:-1], generator=generator)
         if self.extra:
-            given["extra"] = torch.randn(self.extra, dim, generator=generator).to(self.dtypes[1])
-            given["extra"][0] = 0 if self.seed % 5 == 0 else given["extra"][0]
+            given["extra"] = extra.to(self.dtypes[1])
         for (name, x), dtype, layout in zip(
             (("pred", pred), ("target", target)), self.dtypes, self.layouts, strict=True
         ):
@@ -138,7 +141,7 @@ def cases(draw) -> Case:
     dtype = draw(st.sampled_from(DTYPES))
     other = draw(st.sampled_from(DTYPES)) if draw(st.integers(0, 4)) == 4 else dtype
     layout = st.sampled_from(list(LAYOUTS)) if draw(st.booleans()) else st.just("dense")
-    which, kinds = st.sampled_from(["pred", "target", "both"]), st.sampled_from(["copy", "opposite", *SPECIAL])
+    which, kinds = st.sampled_from(["pred", "target", "both", "extra"]), st.sampled_from(["copy", "opposite", *SPECIAL])
     special = st.lists(st.tuples(which, st.integers(0, 1100), kinds), max_size=3)
     leaves = ["pred", "target", *(["extra"] if extra else []), *(["temperature"] if "temperature" in options else [])]
     return Case(
@@ -265,8 +268,9 @@ class Natural:
             self.kink = self.kink or bool((gaps.abs() < 1e-5).any())
         # Of a row that is not finite every size is nan, and so is every term but one that does not look at it.
         self.values = {term: size if size.isfinite() else torch.tensor(1.0) for term, size in self.values.items()}
-        self.long = bool((torch.cat([p, t]).abs() > LONG).any())
-        self.finite = bool(torch.cat([p, t]).isfinite().all())
+        every = torch.cat([p, t] if given["extra"] is None else [p, t, given["extra"].double()])
+        self.long = bool((every.abs() > LONG).any())
+        self.finite = bool(every.isfinite().all())
 
     def loss(self) -> float:
         """Of the weighted sum of the terms."""
