@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from amn_kernels import ops, triton
+from amn_kernels import extra_state, ops, triton
 from amn_kernels.options import LossOptions
 from amn_kernels.reference.balance import MOST, balance
 
@@ -97,15 +97,16 @@ class BalancedWeighting(nn.Module):
                 self._buffers[name] = buffer.to(self._buffers[name].device)
         return self
 
-    def get_extra_state(self) -> dict:
-        """What the numbers in the buffers belong to."""
-        return {"terms": list(self.terms), "weighting": self.kind}
+    def get_extra_state(self) -> Tensor:
+        """What the numbers in the buffers belong to: terms and weighting."""
+        return extra_state.pack({"terms": self.terms, "weighting": self.kind})
 
-    def set_extra_state(self, state: dict) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Raises ValueError if the state belongs to other terms or another weighting."""
-        if state != self.get_extra_state():
+        if not torch.equal(state.cpu(), self.get_extra_state()):
+            of = extra_state.unpack(state)
             raise ValueError(
-                f"weighting state is of weighting {state['weighting']!r} over {', '.join(state['terms'])}; "
+                f"weighting state is of weighting {of['weighting']!r} over {', '.join(of['terms'])}; "
                 f"this loss has weighting {self.kind!r} over {', '.join(self.terms)}"
             )
 
@@ -124,8 +125,11 @@ def _step_for(device: torch.device) -> Callable[..., Tensor]:
 class CallableWeighting(nn.Module):
     """Weights λ_i f(Gram, values)_i by a function of the caller, over the terms that are on, in signature order."""
 
+    lambdas: Tensor
+
     def __init__(self, options: LossOptions):
         super().__init__()
+        assert callable(options.weighting)
         self.function = options.weighting
         self.terms = options.terms
         self.enabled = [options.terms.index(term) for term in options.enabled]

@@ -8,7 +8,8 @@ import warnings
 import pytest
 import torch
 from error_rule import make_rows
-from torch.utils._python_dispatch import TorchDispatchMode
+from host_reads import NoHostReads
+from safetensors import torch as safetensors
 
 from amn_kernels import FusedSeqLoss, ops
 from amn_kernels.options import LossOptions
@@ -203,6 +204,16 @@ def test_state_round_trip_continues_as_if_uninterrupted():
     assert torch.equal(run(second, range(6, 12)), whole)
 
 
+def test_state_is_of_tensors_alone_and_survives_safetensors(tmp_path):
+    first, second = (FusedSeqLoss(mse=0.5, infonce=0.5) for _ in range(2))
+    pred, target = make_rows(20, 8)
+    first(pred.requires_grad_(), target)
+    safetensors.save_file(first.state_dict(), tmp_path / "loss.safetensors")
+    second.load_state_dict(safetensors.load_file(tmp_path / "loss.safetensors"))
+    assert second.weighting.updates.tolist() == [1, 1]
+    assert torch.equal(second.weighting.mean, first.weighting.mean)
+
+
 def test_state_of_other_terms_or_another_weighting_is_refused():
     state = FusedSeqLoss(mse=1.0, infonce=1.0, weighting="gradient").state_dict()
     with pytest.raises(ValueError, match=r"mse, infonce.*mse, cosine"):
@@ -256,16 +267,6 @@ def test_callable_must_return_a_weight_per_term():
     pred, target = make_rows(4, 3)
     with pytest.raises(ValueError, match=r"weighting must return .*\[2\].*got \[1\]"):
         criterion(pred.requires_grad_(), target)
-
-
-class NoHostReads(TorchDispatchMode):
-    """Raises on what makes the host wait for a device: reading a number, and shapes that depend on data."""
-
-    FORBIDDEN = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default})
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        assert function not in self.FORBIDDEN, f"{function} waits for the device"
-        return function(*arguments, **(options or {}))
 
 
 @pytest.mark.parametrize("weighting", ["fixed", "value", "gradient"])
