@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from amn_kernels import distributed, ops, reference, triton
-from amn_kernels.options import LossOptions, shown
+from amn_kernels.options import FUSED_TERMS, LossOptions, shown
 from amn_kernels.stats import TermOutputs
 
 ENVIRONMENT = "AMN_KERNELS_BACKEND"
@@ -62,9 +62,14 @@ def _is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+_UNFUSED = f"terms other than {', '.join(FUSED_TERMS)} are not fused"
+
+
 def _cpu_unsupported(call: Call) -> str | None:
     if call.pred.device.type != "cpu":
         return f"pred is on {call.pred.device}"
+    if not call.options.fused:
+        return _UNFUSED
     if _is_transformed():
         return "torch.func transforms and forward-mode derivatives are not fused"
     if call.options.over_ranks:
@@ -91,6 +96,8 @@ def _cpu_run(call: Call) -> Outcome:
 def _triton_unsupported(call: Call) -> str | None:
     if call.pred.device.type != "cuda":
         return f"pred is on {call.pred.device}"
+    if not call.options.fused:
+        return _UNFUSED
     if torch.float64 in (call.pred.dtype, call.target.dtype):
         return "it computes in float32, and the input is float64"
     if _is_transformed():

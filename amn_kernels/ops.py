@@ -1,16 +1,33 @@
 """The compiled ops: loading, shapes for tracing (fakes), and the double backward."""
 
+import importlib.util
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from amn_kernels import reference
-from amn_kernels.options import DEFAULT_CHUNK_BYTES, TERMS, LossOptions
+from amn_kernels.options import DEFAULT_CHUNK_BYTES, FUSED_TERMS, LossOptions
 from amn_kernels.reference.seq_loss import compute_dtype
 from amn_kernels.stats import METRICS, TermOutputs
 
+
+def _check_build() -> None:
+    """Raises ImportError where there is no compiled extension, or one for another torch.
+
+    PyTorch's C++ interface changes from one minor version to the next, and loading what does not fit may crash.
+    """
+    if importlib.util.find_spec("amn_kernels._C") is None:
+        raise ImportError("the package was installed without compiled code, AMN_EXT=0")
+    built_for = Path(__file__).with_name("_C.torch")  # written by setup.py beside the extension: "2.13"
+    here = ".".join(torch.__version__.split(".")[:2])
+    if built_for.exists() and built_for.read_text() != here:
+        raise ImportError(f"compiled for torch {built_for.read_text()}, this is torch {here}: install the package anew")
+
+
 try:
+    _check_build()
     from amn_kernels import _C
 except ImportError as error:
     _C = None
@@ -27,7 +44,7 @@ def cpu_isa() -> str:
     return torch.ops.amn_kernels._cpu_isa()
 
 
-_TERM_IDS = {term: index for index, term in enumerate(TERMS)}  # enum Term in csrc/primitives.h
+_TERM_IDS = {term: index for index, term in enumerate(FUSED_TERMS)}
 NEGATIVES = {"all": 0, "step": 1, "sequence": 2}  # enum Negatives in csrc/seq_loss.cpp, as the next
 _NEEDS_PRED, _NEEDS_TARGET, _NEEDS_EXTRA, _NEEDS_TEMPERATURE = 1, 2, 4, 8  # enum Needs
 

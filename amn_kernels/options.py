@@ -8,7 +8,10 @@ from typing import Any
 
 import torch.distributed
 
-TERMS = ("mse", "cosine", "infonce", "moment", "variance")
+FUSED_TERMS = ("mse", "cosine", "infonce", "moment", "variance")
+"""The terms that kernels compute, by number: enum Term in csrc/row_scalars.h."""
+
+TERMS = (*FUSED_TERMS,)
 """All terms, in the order of every per-term tensor and table."""
 
 DEFAULT_CHUNK_BYTES = {"pred_to_target": 8 << 20, "both": 64 << 20}
@@ -101,6 +104,8 @@ class LossOptions:
     """Names of the terms with a weight > 0, in the order of `TERMS`."""
     terms: tuple[str, ...] = field(init=False)
     """Names of the terms to compute, in the same order: the enabled and the monitored ones."""
+    fused: bool = field(init=False)
+    """Whether all of `terms` are among `FUSED_TERMS`."""
     lambdas: tuple[float, ...] = field(init=False)
     """λ of each of `terms`; 0 for a monitored one."""
 
@@ -139,6 +144,7 @@ class LossOptions:
         self._check_infonce()
         terms = tuple(term for term in TERMS if term in self.enabled or term in self.monitor)
         object.__setattr__(self, "terms", terms)
+        object.__setattr__(self, "fused", set(terms) <= set(FUSED_TERMS))
         object.__setattr__(self, "lambdas", tuple(getattr(self, term) for term in terms))
 
     def _take_number(self, option: str) -> float:

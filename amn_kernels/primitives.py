@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from amn_kernels.options import DEFAULT_CHUNK_BYTES, TERMS
+from amn_kernels.options import DEFAULT_CHUNK_BYTES, FUSED_TERMS
 
 _ROWS = (
     "weight inv_pred inv_target excess one_minus_cos pred_pred target_target diff_diff pred_diff max others keys "
@@ -69,8 +69,8 @@ class TermList(NamedTuple):
 
     @property
     def ids(self) -> list[int]:
-        """The terms' numbers: enum Term in csrc/primitives.h."""
-        return [TERMS.index(name) for name in self.names]
+        """The terms' numbers: enum Term in csrc/row_scalars.h."""
+        return [FUSED_TERMS.index(name) for name in self.names]
 
     def sends(self, name: str) -> bool:
         """Whether the term is computed with a gradient."""

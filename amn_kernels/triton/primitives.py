@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from amn_kernels.options import TERMS
+from amn_kernels.options import FUSED_TERMS
 from amn_kernels.primitives import MOMENTS, Attention, Form, Pairs, Temperature, TermList
 from amn_kernels.triton.balance import balance_kernel
 from amn_kernels.triton.columns import (
@@ -256,7 +256,7 @@ class TritonPrimitives:
         count, dim = groups * size, pred.shape[-1]
         tile = row_tile(dim)
         has_attention, has_columns = attention.numel() > 0, columns.numel() > 0
-        places = {name.upper(): terms.names.index(name) if terms.sends(name) else -1 for name in TERMS}
+        places = {name.upper(): terms.names.index(name) if terms.sends(name) else -1 for name in FUSED_TERMS}
         launch(
             row_combine_kernel,
             triton.cdiv(count, tile.rows),

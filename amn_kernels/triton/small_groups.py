@@ -14,7 +14,7 @@ from torch import Tensor
 
 from amn_kernels import ops
 from amn_kernels.backends import Call, Outcome, weighted
-from amn_kernels.options import TERMS, LossOptions
+from amn_kernels.options import FUSED_TERMS, LossOptions
 from amn_kernels.primitives import PLAIN_ROWS, Row
 from amn_kernels.reference.seq_loss import to_groups
 from amn_kernels.stats import METRICS, TermOutputs
@@ -93,7 +93,7 @@ def _rows(x: Tensor, negatives: int) -> Tensor:  # [G, M, D] with unit stride al
 def _results(pred, terms, monitored, both, needs, weighting) -> tuple[Tensor, ...]:
     """Empty results of the forward, in its order."""
     n, dim, m = pred.numel() // pred.shape[-1], pred.shape[-1], len(terms)
-    attends = needs and TERMS.index("infonce") in terms and TERMS.index("infonce") not in monitored
+    attends = needs and FUSED_TERMS.index("infonce") in terms and FUSED_TERMS.index("infonce") not in monitored
     real, double = torch.float32, torch.float64
     return (
         pred.new_empty((), dtype=real),
@@ -123,7 +123,7 @@ def _forward(
     numbers = (temperature, decay, math.log(decay) if decay > 0 else -math.inf)
     what = {
         "LIST": tuple(terms), "SENDS": tuple(term not in monitored for term in terms),
-        "HAS_INFONCE": TERMS.index("infonce") in terms, "WEIGHTING": weighting or None, "UPDATE": update,
+        "HAS_INFONCE": FUSED_TERMS.index("infonce") in terms, "WEIGHTING": weighting or None, "UPDATE": update,
         "ANCHOR": anchor,
     }  # fmt: skip
     half = p.dtype == t.dtype and p.dtype != torch.float32
@@ -153,7 +153,9 @@ def _backward(
     grouped = _grouped(grad, negatives, pred.dim() - 1)
     tile = row_tile(dim)
     count = rows.shape[1]
-    places = {name.upper(): terms.index(i) if i in terms and i not in monitored else -1 for i, name in enumerate(TERMS)}
+    places = {
+        name.upper(): terms.index(i) if i in terms and i not in monitored else -1 for i, name in enumerate(FUSED_TERMS)
+    }
     with torch.cuda.device_of(pred):
         launch(
             row_combine_kernel, triton.cdiv(count, tile.rows), grad_loss, weights, grad_values, p, t,

@@ -6,7 +6,7 @@ Rows are summed in blocks by one kernel, blocks in order by the other: the order
 import triton
 import triton.language as tl
 
-from amn_kernels.options import TERMS
+from amn_kernels.options import FUSED_TERMS
 from amn_kernels.triton.scalars import (
     ATT_ATT,
     ATT_MOMENT,
@@ -48,7 +48,7 @@ from amn_kernels.triton.scalars import (
 # variance, without the factors that all rows have in common.
 DIFF, COS, INFO, COUNT, TOP1, CHANCE, PRED_NORM, TARGET_NORM, GRAM = (tl.constexpr(n) for n in range(9))
 SLOTS = 8 + 15
-MSE, COSINE, INFONCE, MOMENT, VARIANCE = (tl.constexpr(TERMS.index(name)) for name in TERMS)
+MSE, COSINE, INFONCE, MOMENT, VARIANCE = (tl.constexpr(FUSED_TERMS.index(name)) for name in FUSED_TERMS)
 TIE = tl.constexpr(8 * 2.0**-23)  # cosines closer than the rounding of a matrix product are a tie
 
 
