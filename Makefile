@@ -2,7 +2,9 @@
 #
 #   make demo    train AMN on the bundled vectors with two losses and compare them (under 4 minutes after set-up)
 #   make test    the test suite              make test-full     the same on the full grid of shapes
-#   make lint    ruff                        make test-install  install into a fresh environment and test that
+#   make lint    ruff, types (also make types)   make wheels    sdist and wheels into dist/, tested
+#   make examples   run the examples of other people's training loops
+#   make docs    the documentation as HTML, into build/docs
 #   make bench   speed and memory against eager PyTorch and torch.compile, and the table of it in the README
 #   make bench-peers   the same for other libraries, over rows, dimensions and dtypes: hours
 #   make test-simt, test-simt-asan, test-simt-tsan   the CUDA kernels on the CPU: values, addresses, races (tests/simt)
@@ -16,13 +18,14 @@ BIN := $(VENV)/bin
 CASES ?= 10000
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-full test-distributed test-install test-triton test-simt test-simt-asan test-simt-tsan fuzz lint bench bench-peers bench-ring build clean
+.PHONY: demo test test-full test-distributed test-triton test-simt test-simt-asan test-simt-tsan fuzz wheels examples \
+  docs lint types bench bench-peers bench-ring build clean
 
 demo: build
 	$(BIN)/amn-kernels demo --overwrite
 
 # Threads that wait without spinning: on a busy machine a spinning one keeps the one it waits for from running.
-test test-full test-distributed test-triton test-simt fuzz: export OMP_WAIT_POLICY = passive
+test test-full test-distributed test-triton test-simt fuzz examples: export OMP_WAIT_POLICY = passive
 test: build
 	$(BIN)/python -m pytest tests --ignore=tests/simt
 
@@ -47,12 +50,24 @@ test-simt-tsan: build
 fuzz: build
 	cd tests && ../$(BIN)/python -m fuzz --cases $(CASES)
 
-test-install:
-	PYTHON=$(PYTHON) sh tests/install.sh
+wheels:
+	PYTHON=$(PYTHON) sh tests/wheels.sh
 
-lint: $(VENV)/.dependencies
+examples: build
+	$(BIN)/python -m pytest tests/test_examples.py
+
+docs: build
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
+
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# On a copy laid out as it is installed: here the reference is python_ref, there it is amn_kernels.reference.
+types: $(VENV)/.dependencies
+	rm -rf build/types && mkdir -p build/types
+	cp -r amn_kernels build/types && cp -r python_ref build/types/amn_kernels/reference
+	$(BIN)/mypy
 
 bench: build
 	$(BIN)/python -m bench $(BENCH_ARGS)

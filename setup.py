@@ -1,6 +1,8 @@
 """Build of the compiled extension. Metadata is in pyproject.toml; this file decides only what is compiled.
 
 Environment:
+    AMN_EXT=0|1         0: nothing is compiled, and the wheel is for any platform: Triton and plain PyTorch serve it.
+                        Never chosen by itself: where compiling fails the build fails, and says so.
     AMN_CUDA=0|1|auto   CUDA sources: never, required, or when nvcc and a CUDA build of torch are there (default).
                         Decided by the toolchain, never by a GPU being there: a build machine often has none.
     TORCH_CUDA_ARCH_LIST, MAX_JOBS   as in every torch extension.
@@ -10,16 +12,25 @@ import os
 import platform
 from pathlib import Path
 
-import torch
 from setuptools import find_packages, setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).parent
 PYTHON_ABI = "0x030B0000"  # CPython 3.11, the oldest supported: one abi3 binary serves every later one
 
 
+def wants_extension() -> bool:
+    """Whether to compile at all, from AMN_EXT."""
+    choice = os.environ.get("AMN_EXT", "1")
+    if choice not in ("0", "1"):
+        raise ValueError(f"AMN_EXT must be 0 or 1, got {choice!r}")
+    return choice == "1"
+
+
 def wants_cuda() -> bool:
     """Whether to compile csrc/cuda, from AMN_CUDA; raises when it is required and can't be done."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
     choice = os.environ.get("AMN_CUDA", "auto")
     if choice not in ("0", "1", "auto"):
         raise ValueError(f"AMN_CUDA must be 0, 1 or auto, got {choice!r}")
@@ -39,8 +50,27 @@ def wants_cuda() -> bool:
     return not missing
 
 
-def extension():
-    """The one extension module, amn_kernels._C."""
+def compiled() -> dict:
+    """Arguments of `setup` for the one extension module, amn_kernels._C."""
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    class Build(BuildExtension):
+        def run(self):
+            try:
+                super().run()
+            except Exception as error:
+                raise RuntimeError(
+                    "amn_kernels._C did not compile, see above. With AMN_EXT=0 in the environment the package is "
+                    "installed without compiled code: slower on the CPU, the same results"
+                ) from error
+
+        def build_extension(self, ext):
+            super().build_extension(ext)
+            # Read before the extension is loaded beside another torch (amn_kernels/ops.py).
+            minor = ".".join(torch.__version__.split(".")[:2])
+            Path(self.get_ext_fullpath(ext.name)).with_name("_C.torch").write_text(minor)
+
     cuda = wants_cuda()
     folders = ["csrc", "csrc/cpu"] + (["csrc/cuda"] if cuda else [])
     files = [path for folder in folders for path in sorted((ROOT / folder).iterdir())]
@@ -50,19 +80,22 @@ def extension():
         # Compiled with OpenMP (at::parallel_for is serial without it) but not linked to it: the symbols then resolve
         # to the OpenMP runtime that torch has loaded, so there is one thread pool and not two fighting for the cores.
         flags.append("-fopenmp")
-    return (CUDAExtension if cuda else CppExtension)(
+    extension = (CUDAExtension if cuda else CppExtension)(
         "amn_kernels._C",
         [str(source) for source in sources],
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20"]} if cuda else {"cxx": flags},
         py_limited_api=True,
     )
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": Build},
+        "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
+    }
 
 
 setup(
     packages=[*find_packages(include=["amn_kernels", "amn_kernels.*"]), "amn_kernels.reference"],
     package_dir={"amn_kernels.reference": "python_ref"},
-    ext_modules=[extension()],
-    cmdclass={"build_ext": BuildExtension},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    **(compiled() if wants_extension() else {}),
 )

@@ -113,7 +113,8 @@ def audit(
     """
     if isinstance(probe_steps, bool) or not isinstance(probe_steps, int) or probe_steps < 0:
         raise ValueError(f"probe_steps must be a whole number >= 0, got {probe_steps!r}")
-    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    module = model if isinstance(model, nn.Module) else None
+    parameters = [] if module is None else list(module.parameters())
     device = parameters[0].device if parameters else None
     batches = [_move(batch, device) for batch in islice(loader, max(MEASURED_BATCHES, probe_steps))]
     if not batches:
@@ -122,15 +123,17 @@ def audit(
     with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
         start = _measure(_copied(model), batches, _copied(criterion))
         after = None
-        if probed:
-            model, probe_criterion = _copied(model), _copied(criterion)
-            _probe(model, batches, probe_criterion, probe_steps)
-            after = _measure(model, batches, probe_criterion)
+        if module is not None and probed:
+            probe_model, probe_criterion = _copied(module), _copied(criterion)
+            _probe(probe_model, batches, probe_criterion, probe_steps)
+            after = _measure(probe_model, batches, probe_criterion)
     options = criterion.options
     lambdas = {term: float(getattr(options, term)) for term in options.enabled}
     anchor = options.anchor or options.default_anchor
     calibrated = calibrate(lambdas, {name: term.grad_norm for name, term in start.terms.items()}, anchor)
-    measurements = {"at the start": start} | ({f"after {probe_steps} steps": after} if probed else {})
+    measurements = {"at the start": start}
+    if after is not None:
+        measurements[f"after {probe_steps} steps"] = after
     drowning = _worst_drowning(lambdas, measurements)
     weighting = options.weighting if isinstance(options.weighting, str) else "callable"
     return AuditReport(
@@ -168,7 +171,7 @@ def _move(batch: tuple[Any, Tensor], device: torch.device | None) -> list:
 
 def _measure(predict: Callable[[Any], Tensor], batches: list, criterion: FusedSeqLoss) -> Measurement:
     options = criterion.options
-    sums = defaultdict(float)
+    sums: defaultdict[Any, float] = defaultdict(float)  # by name, or by kind and name
     batches = batches[:MEASURED_BATCHES]
     for context, target in batches:
         with torch.no_grad():
@@ -201,15 +204,14 @@ def _measure(predict: Callable[[Any], Tensor], batches: list, criterion: FusedSe
         )
         for name, pull in pulls.items()
     }
-    conflict, pair = min(
-        ((means[key], key[1]) for key in means if isinstance(key, tuple) and key[0] == "cosine"), default=(None, None)
-    )
+    angles = {key[1]: mean for key, mean in means.items() if isinstance(key, tuple) and key[0] == "cosine"}
+    worst = min(angles, key=lambda names: angles[names], default=None)
     return Measurement(
         terms=terms,
         cosine_similarity=means["cosine_similarity"],
         chance=means["chance"] if "infonce" in options.terms else None,
-        conflict=conflict,
-        conflict_pair=pair,
+        conflict=None if worst is None else angles[worst],
+        conflict_pair=worst,
     )
 
 
@@ -277,7 +279,7 @@ def _verdict(
         moved = "stayed at" if before == after else f"{'rose' if before < after else 'fell'} from {before} to"
         steps = next(reversed(measurements)).removeprefix("after ")
         lines.append(f"In {steps} the cosine between prediction and target {moved} {after}.")
-    if last.conflict is not None and last.conflict < 0:
+    if last.conflict is not None and last.conflict_pair is not None and last.conflict < 0:
         a, b = last.conflict_pair
         lines.append(f"{a} and {b} pull against each other (gradient cosine {last.conflict:.2f}).")
     if drowning is not None:
@@ -310,7 +312,7 @@ def _table(when: str, measurement: Measurement, report: AuditReport):
     notes = [when, f"cosine {measurement.cosine_similarity:.3f}"]
     if measurement.chance is not None:
         notes.append(f"infonce of a guess {measurement.chance:.3g}")
-    if measurement.conflict is not None:
+    if measurement.conflict is not None and measurement.conflict_pair is not None:
         notes.append(f"gradient cosine of {' and '.join(measurement.conflict_pair)} {measurement.conflict:+.2f}")
     table = Table(title=", ".join(notes), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("term", "value", "weight", "gradient", f"/ {report.anchor}", "asked", "share"):

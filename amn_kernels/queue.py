@@ -28,6 +28,8 @@ class NegativeQueue(nn.Module):
         dtype: Of the rows.
     """
 
+    rows: Tensor
+
     def __init__(self, size: int, dim: int, *, dtype: torch.dtype = torch.float32):
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):

@@ -75,14 +75,14 @@ class LossStats:
     @property
     def grad_norm(self) -> dict[str, Tensor]:
         """Norm of the unweighted gradient of each term that is on."""
-        return {} if self.gram is None else self._by_enabled_term(self._norms())
+        return {} if self.gram is None else self._by_enabled_term(self._norms(self.gram))
 
     @property
     def share(self) -> dict[str, Tensor]:
         """weight · grad_norm of each term that is on, over the sum of them all; NaN where that is 0."""
         if self.gram is None:
             return {}
-        pulls = self.weights * self._norms()
+        pulls = self.weights * self._norms(self.gram)
         return self._by_enabled_term(pulls / pulls.sum())
 
     @property
@@ -95,7 +95,7 @@ class LossStats:
         """
         if self.gram is None:
             return {}
-        norms = self._norms()
+        norms = self._norms(self.gram)
         cosine = self.gram / (norms.unsqueeze(1) * norms)
         index = {term: self.terms.index(term) for term in self.options.enabled}
         return {(a, b): cosine[index[a], index[b]] for a, b in itertools.combinations(index, 2)}
@@ -131,15 +131,15 @@ class LossStats:
         The one place that waits for the device. Warns once per loss, with a `DominanceWarning`, if fixed weights let a
         term drown the anchor.
         """
-        named = {}
-        for prefix, numbers in {
+        named: dict[str, Tensor] = {}
+        for prefix, by_term in {
             "loss": self.value,
             "weight": self.weight,
             "contribution": self.contribution,
             "grad_norm": self.grad_norm,
             "share": self.share,
         }.items():
-            named.update({f"{prefix}_{term}": number for term, number in numbers.items()})
+            named.update({f"{prefix}_{term}": number for term, number in by_term.items()})
         named.update({f"gradient_cosine_{a}_{b}": number for (a, b), number in self.gradient_cosine.items()})
         named.update(
             {
@@ -157,7 +157,7 @@ class LossStats:
         if options.weighting != "fixed" or not numbers.get(f"share_{anchor}") or "dominance" in self.told:
             return
         ratios = {term: numbers[f"share_{term}"] / numbers[f"share_{anchor}"] for term in options.enabled}
-        term = max(ratios, key=ratios.get)
+        term = max(ratios, key=lambda name: ratios[name])
         if ratios[term] > DOMINANCE:
             self.told.add("dominance")
             wanted = getattr(options, term) / getattr(options, anchor)
@@ -168,8 +168,9 @@ class LossStats:
                 stacklevel=3,
             )
 
-    def _norms(self) -> Tensor:  # [m]
-        return self.gram.diagonal().clamp(min=0).sqrt()
+    @staticmethod
+    def _norms(gram: Tensor) -> Tensor:  # [m, m] -> [m]
+        return gram.diagonal().clamp(min=0).sqrt()
 
     def _by_term(self, numbers: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.terms, numbers.unbind(), strict=True))

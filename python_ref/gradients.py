@@ -83,8 +83,8 @@ def infonce(
 ) -> Tensor:  # [G, M, D]
     """``1/(nτ|p|) (o - (p.o)/|p|² p)`` with ``o = Σ_{j≠i} v_ij k_j/|k_j| - (Σ_{j≠i} v_ij) t/|t|``.
 
-    v are the softmax weights, less 1/|P(i)| at the positives; in both directions the mean of those of the rows and of
-    the columns.
+    v are the softmax weights, less ``1/|P(i)|`` at the positives; in both directions the mean of those of the rows and
+    of the columns.
     """
     rows = pred.shape[1]
     p, keys = terms.normalize(pred), terms.normalize(target)
@@ -124,7 +124,7 @@ def moment(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:  # [N, D], [N,
 
 
 def variance(pred: Tensor, target: Tensor, mask: Tensor, gamma: float | None) -> Tensor:  # -> [N, D]
-    """``-1/D`` times the gradient of sd_k(p/|p|) for the dimensions k below γ_k, through the normalisation."""
+    """``-1/D`` times the gradient of ``sd_k(p/|p|)`` for the dimensions k below γ_k, through the normalisation."""
     q = terms.normalize(pred)
     mean, sd = terms.column_moments(q, mask)
     wanted = terms.column_moments(terms.normalize(target), mask)[1] if gamma is None else gamma

@@ -1,0 +1,71 @@
+"""What the documentation says of the code: messages exist, links lead somewhere, names are there."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+SOURCES = [ROOT / "setup.py", *sorted((ROOT / "amn_kernels").rglob("*.py"))]
+
+pytestmark = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="runs in a checkout only")
+
+
+# What is put into a message at run time: nothing, a word, a list of words, or something in brackets.
+PUT_IN = re.compile(r"(\S+(, \S+)*|[\[(].*[\])])?")
+
+
+def templates():
+    """Every string of the code that could be a message, as a pattern with a group for what is put in at run time."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            fixed = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+            if sum(map(len, fixed)) >= 10:  # shorter ones fit anything
+                yield re.compile("".join(re.escape(p.value) if isinstance(p, ast.Constant) else "(.*?)" for p in parts))
+
+
+def messages():
+    return re.findall(r"^### `(.+)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), flags=re.M)
+
+
+def covered(message, patterns):
+    """Whether the code can say it: a template, with words put in, or with a reason that is a template in its turn."""
+    message = re.sub(r"^(cpu|cuda|triton|reference): ", "", message)  # a reason of a backend
+    for pattern in patterns:
+        match = pattern.fullmatch(message)
+        if match and all(PUT_IN.fullmatch(group) or covered(group, patterns) for group in match.groups()):
+            return True
+    return False
+
+
+def test_every_message_of_the_troubleshooting_page_is_one_of_the_code():
+    patterns, found = list(templates()), messages()
+    assert len(found) > 25
+    assert [message for message in found if not covered(message.replace("'info'", "`info`"), patterns)] == []
+    assert not covered("pred must be a fine tensor, got a sparse one", patterns)
+
+
+def anchors(page):
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith(("http:", "https:")):
+            continue
+        path, _, anchor = target.partition("#")
+        to = page.parent / path if path else page
+        assert to.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(to), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_that_are_named_exist(page):
+    """`csrc/primitives.h` and the like, in backticks."""
+    for path in re.findall(r"`((?:csrc|amn_kernels|python_ref|tests|bench|docs|examples)/[\w/.]+)`", page.read_text()):
+        assert (ROOT / path).exists(), f"{page.name}: {path}"
