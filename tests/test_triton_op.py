@@ -2,13 +2,15 @@
 compiled primitives, so that it runs on the CPU.
 """
 
+import dataclasses
 import sys
+import types
 
 import pytest
 import torch
 from error_rule import make_rows, relative_error
 
-from amn_kernels import ops, reference
+from amn_kernels import FusedSeqLoss, backends, ops, reference, triton
 from amn_kernels.options import LossOptions
 
 pytest.importorskip("triton")
@@ -61,6 +63,27 @@ def test_compiles_as_one_graph(backend, options):
     wanted = torch.autograd.grad(plain(pred.double(), target.double()), (pred, target))
     for x, y in zip(got, wanted, strict=True):
         assert relative_error(x, y) <= 1e-5
+
+
+def test_the_module_compiles_as_one_graph(monkeypatch):
+    """As on a CUDA device: with the choice of backend, the weighting and its state inside the graph."""
+    cuda = types.SimpleNamespace(is_available=lambda: True)
+    monkeypatch.setattr(triton, "torch", types.SimpleNamespace(cuda=cuda))
+    served = dataclasses.replace(backends.BACKENDS["triton"], why_unsupported=lambda call: None)
+    monkeypatch.setitem(backends.BACKENDS, "triton", served)
+    pred, target = make_rows(20, 8)
+    for options in ({"weighting": "fixed"}, {"weighting": "gradient"}):
+        results = []
+        for compile_it in (False, True):
+            criterion = FusedSeqLoss(mse=1.0, infonce=0.5, backend="triton", chunk_bytes=1 << 20, **options)
+            run = torch.compile(criterion, backend="aot_eager", fullgraph=True) if compile_it else criterion
+            leaf = pred.clone().requires_grad_()
+            for _ in range(3):
+                loss = run(leaf, target)
+            loss.backward()
+            results.append((loss.detach(), leaf.grad, criterion.stats.weights))
+        for got, wanted in zip(*results, strict=True):
+            assert relative_error(got, wanted) <= 1e-6
 
 
 def test_checkpointing_and_retained_graphs(backend):
