@@ -16,7 +16,16 @@ from amn_kernels.data.npz import open_npz
 from amn_kernels.data.windows import load_windows
 from amn_kernels.train.checkpoints import load_checkpoint, save_checkpoint
 
-CASES = {"loss": 300, "options": 200, "tensors": 150, "queue": 50, "npz": 200, "npz claims": 150, "checkpoint": 150}
+CASES = {
+    "loss": 300,
+    "options": 200,
+    "tensors": 150,
+    "queue": 50,
+    "npz": 200,
+    "npz claims": 150,
+    "checkpoint": 150,
+    "run": 100,
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -99,7 +99,7 @@ def check_probe(where: Path | str, model: nn.Module, tensors: dict[str, Tensor])
         model.load_state_dict(weights)
         found = _predict(model, contexts)
         off = ((found - wanted).norm() / wanted.norm().clamp(min=1e-12)).item()
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ValueError(f"{where}: damaged, or not of this model ({error})") from error
     if not off <= 1e-3:
         raise ValueError(

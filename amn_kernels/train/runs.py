@@ -110,21 +110,31 @@ def load_run(out: Path) -> tuple[TrainConfig, int, int, nn.Module]:
         if not (out / name).is_file():
             raise FileNotFoundError(f"{out / name}: no such file, {out} holds no trained run")
     try:
+        tensors = load((out / BEST).read_bytes())
+    except SafetensorError as error:
+        raise ValueError(f"{out / BEST}: damaged ({error})") from error
+    try:
         values = json.loads((out / CONFIG).read_text())
         dim, context = values.pop("dim"), values["context"]
         values["data"] = None if values["data"] is None else Path(values["data"])
         config = TrainConfig(**values | {"out": Path(values["out"])})
-        model = config.make_model(dim)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # A model of a damaged `dim` could take any amount of memory.
+        probed = tensors["probe.context"].shape[-1:] if "probe.context" in tensors else ()
+        model = config.make_model(dim) if probed == (dim,) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{out / CONFIG}: not a run's configuration ({error})") from error
-    try:
-        tensors = load((out / BEST).read_bytes())
-    except SafetensorError as error:
-        raise ValueError(f"{out / BEST}: damaged ({error})") from error
+    if model is None:
+        raise ValueError(f"{out / BEST}: damaged, or not of this model (it has no probe of dimension {dim})")
     check_probe(out / BEST, model, tensors)
     return config, dim, context, model.eval()
 
 
 def load_history(out: Path) -> list[dict]:
-    """The epochs of history.jsonl, first to last."""
-    return [json.loads(line) for line in (out / HISTORY).read_text().splitlines()]
+    """The epochs of history.jsonl, first to last; ValueError naming the line that is damaged."""
+    epochs = []
+    for number, line in enumerate((out / HISTORY).read_bytes().splitlines(), start=1):
+        try:
+            epochs.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{out / HISTORY}, line {number}: damaged ({error})") from error
+    return epochs

@@ -23,6 +23,7 @@ KINDS: dict[str, tuple[SearchStrategy[tuple], Callable]] = {
     "npz": (files.damaged_npz, files.check_damaged_npz),
     "npz claims": (files.claims, files.check_claim),
     "checkpoint": (files.damaged_checkpoint, files.check_damaged_checkpoint),
+    "run": (files.damaged_run, files.check_damaged_run),
 }
 """The arguments that are drawn, and the check they are for."""
 

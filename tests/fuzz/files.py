@@ -18,10 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from safetensors.torch import load
 
 from amn_kernels.data.npz import check_array, npz_keys, open_npz
 from amn_kernels.data.windows import load_windows
 from amn_kernels.train.checkpoints import load_checkpoint, save_checkpoint
+from amn_kernels.train.config import TrainConfig
+from amn_kernels.train.models import AMN
+from amn_kernels.train.runs import load_history, load_run, save_config, save_epoch
 
 ROWS, DIM = 40, 5
 KEYS = ("vectors", "article")
@@ -72,6 +76,16 @@ def sums(contents: dict[str, bytes]) -> bytes:
     """Checksums of a checkpoint's files, in the order that it has them."""
     names = ("tensors.safetensors", "state.json")
     return "".join(f"{hashlib.sha256(contents[name]).hexdigest()}  {name}\n" for name in names).encode()
+
+
+@cache
+def run_bytes() -> dict[str, bytes]:
+    """Every file of a good run of one epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, model = Path(folder), AMN(DIM)
+        save_config(out, TrainConfig(out=out), DIM, 3)
+        save_epoch(out, model, torch.ones(2, 3, DIM), [{"epoch": 0, "loss": None}, {"epoch": 1, "loss": 0.5}], True)
+        return {file.name: file.read_bytes() for file in out.iterdir()}
 
 
 @dataclass(frozen=True)
@@ -257,8 +271,34 @@ def check_damaged_checkpoint(name: str, changes: list[Damage]) -> None:
     assert same(found, state()), f"{name} came back changed, without an error"
 
 
+def check_damaged_run(name: str, changes: list[Damage]) -> None:
+    """Changed bytes of a trained run are an error that names it, or a model that predicts what the saved one did.
+
+    The weights have no checksum but a probe, and the options and figures of JSON files are what they say.
+    """
+    folder = FOLDER / "run"
+    files = dict(run_bytes())
+    for change in changes:
+        files[name] = change.apply(files[name])
+    folder.mkdir(exist_ok=True)
+    for each, data in files.items():
+        (folder / each).write_bytes(data)
+    try:
+        load_history(folder)
+        _, dim, _, model = load_run(folder)
+    except ValueError as error:
+        _must_name(folder, error)
+        return
+    assert dim == DIM
+    contexts = torch.ones(2, 3, DIM)
+    with torch.no_grad():
+        wanted, found = load(run_bytes()["best.safetensors"])["probe.prediction"], model(contexts)
+    assert (found - wanted).norm() <= 3e-3 * wanted.norm(), f"{name} came back as another model, without an error"
+
+
 damaged_npz = st.tuples(st.booleans(), damages)
 damaged_checkpoint = st.tuples(st.sampled_from(["tensors.safetensors", "state.json", "SHA256SUMS"]), damages)
+damaged_run = st.tuples(st.sampled_from(["config.json", "best.safetensors", "history.jsonl"]), damages)
 
 
 def same(a, b) -> bool:
