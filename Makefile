@@ -7,6 +7,7 @@
 #   make docs    the documentation as HTML, into build/docs
 #   make bench   speed and memory against eager PyTorch and torch.compile, and the table of it in the README
 #   make bench-peers   the same for other libraries, over rows, dimensions and dtypes: hours
+#   make profile       where the time of a step goes, part by part
 #   make test-simt, test-simt-asan, test-simt-tsan   the CUDA kernels on the CPU: values, addresses, races (tests/simt)
 #   make fuzz    10,000 generated inputs compared with the reference, and thousands of wrong arguments and damaged files
 #   make test-triton   the Triton kernels on the CPU: values, addresses, races
@@ -19,7 +20,7 @@ CASES ?= 10000
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
 .PHONY: demo test test-full test-distributed test-triton test-simt test-simt-asan test-simt-tsan fuzz wheels examples \
-  docs lint types bench bench-peers bench-ring build clean
+  docs lint types bench profile bench-peers bench-ring build clean
 
 demo: build
 	$(BIN)/amn-kernels demo --overwrite
@@ -71,6 +72,9 @@ types: $(VENV)/.dependencies
 
 bench: build
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+profile: build
+	$(BIN)/python -m bench.profile $(BENCH_ARGS)
 
 bench-peers: build
 	$(BIN)/python -m bench.grid $(BENCH_ARGS)

@@ -30,19 +30,21 @@ def clock_name() -> str:
 def interleaved(runs: dict[str, Callable[[], None]], seconds: float, least: int = 3) -> dict[str, list[float]]:
     """Seconds per call, by name, of every turn: rounds of one turn each for about `seconds`, at least `least` rounds.
 
-    The order rotates, so that each contender comes after each other one.
+    The order rotates, so that each contender comes after each other one. One that takes more than ten times the first
+    one's time is in the first `least` rounds only, or there would be few rounds for all.
     """
-    calls = {}
+    once = {}
     for name, run in runs.items():
         run()  # compilation, thread pools, allocator
-        calls[name] = max(1, round(TURN / _turn(run, 1)))
+        once[name] = _turn(run, 1)
     times = {name: [] for name in runs}
-    order = list(runs)
+    order, first = list(runs), next(iter(runs))
     end = _clock() + seconds
-    while len(times[order[0]]) < least or _clock() < end:
+    while len(times[first]) < least or _clock() < end:
         order.append(order.pop(0))
         for name in order:
-            times[name].append(_turn(runs[name], calls[name]))
+            if len(times[name]) < least or once[name] <= 10 * once[first]:
+                times[name].append(_turn(runs[name], max(1, round(TURN / once[name]))))
     return times
 
 
@@ -54,10 +56,10 @@ def _turn(run: Callable[[], None], calls: int) -> float:
 
 
 def summary(times: dict[str, list[float]], base: str) -> dict[str, dict]:
-    """Per contender the median in seconds, and of its ratio to `base` in the same round the median and quartiles."""
+    """Per contender the median in seconds, and of its ratio to `base`, in the same round, median and quartiles."""
     result = {}
     for name, seconds in times.items():
-        ratios = sorted(a / b for a, b in zip(seconds, times[base], strict=True))
+        ratios = sorted(a / b for a, b in zip(seconds, times[base], strict=False))
         result[name] = {
             "seconds": statistics.median(seconds),
             "ratio": statistics.median(ratios),

@@ -1,0 +1,111 @@
+"""`python -m bench.profile [ROWS ...]`: where the time of a step goes, MSE + cosine + InfoNCE at D = 768, fixed λ.
+
+Every part is timed by itself, in turns with the whole step; what lies between is a difference, so that the parts add up
+to the step. A primitive is what its op takes on all rows less what it takes on one row of one number.
+"""
+
+import argparse
+import statistics
+
+import torch
+from torch.nn import functional as F
+
+from amn_kernels import FusedSeqLoss, ops
+from amn_kernels.checks import check_inputs
+from amn_kernels.options import TERMS
+from amn_kernels.primitives import PLAIN_ROWS, Attention, CompiledPrimitives, Form, Pairs, Temperature, TermList
+from bench import timing
+from bench.contenders import ALL_TERMS, inputs, step
+
+DIM = 768
+
+
+def primitives(rows: int, dim: int) -> dict:
+    """Calls of the primitives of a step, by name, on one chunk."""
+    prim, form, tau = CompiledPrimitives(), Form(False, False), Temperature(0.07, None)
+    pred, target = (x.detach() for x in inputs(rows, dim))
+    scalars = torch.zeros(PLAIN_ROWS, rows, dtype=torch.float64)
+    scalars[0] = 1 / rows
+    key_scale, rescale = torch.empty(rows), torch.empty(0, 1)
+    logits, attention, grad = torch.empty(rows, rows), torch.zeros(rows, dim), torch.empty(rows, dim)
+    torch.mm(pred, target.t(), out=logits)
+    terms = TermList(tuple(ALL_TERMS), (True,) * len(ALL_TERMS))
+    values, gram, metrics = torch.empty(3), torch.empty(3, 3), torch.empty(5)
+    weights, none = torch.ones(3), torch.empty(0, dim)
+    pairs = Pairs(None, None, None, -1.0)
+    return {
+        "row_stats": lambda: prim.row_stats(pred, target, scalars, key_scale, form),
+        "softmax_rows_": lambda: prim.softmax_rows_(logits, key_scale, scalars, rescale, pairs, 0, tau, logits),
+        "row_dots": lambda: prim.row_dots(pred, target, attention, scalars, Attention.UNNORMALISED, form, tau),
+        "term_sums": lambda: prim.term_sums(
+            scalars, torch.empty(0, dtype=torch.float64), terms, form, dim, tau, values, gram, metrics
+        ),
+        "row_combine": lambda: prim.row_combine(weights, pred, target, attention, none, scalars, terms, tau, grad),
+    }
+
+
+def parts(rows: int, seconds: float) -> dict[str, float]:
+    """Seconds of each part of a step; they add up to "step"."""
+    pred, target = inputs(rows, DIM)
+    loss = FusedSeqLoss(**ALL_TERMS, weighting="fixed")
+    values, similarities, attention = pred.detach(), torch.empty(rows, rows), torch.empty(rows, DIM)
+    numbers = torch.ones(4, requires_grad=True)
+
+    def products():
+        torch.mm(values, target.t(), out=similarities)
+        torch.mm(similarities, target, out=attention)
+
+    def allocations():
+        for sizes in ((PLAIN_ROWS, rows), (rows,), (rows, rows), (rows, DIM), (len(TERMS),), (3, 3), (5,), (rows, DIM)):
+            torch.empty(sizes)
+
+    def bare():
+        numbers.grad = None
+        F.mse_loss(numbers, numbers.detach()).backward()
+
+    runs = {
+        "step": step(loss, pred, target),
+        "module": lambda: loss(pred, target),
+        "op": lambda: ops.seq_loss(pred, target, loss.options, loss._weights),
+        "checks": lambda: check_inputs(pred, target, loss.options),
+        "products": products,
+        "allocations": allocations,
+        "bare": bare,
+        **primitives(rows, DIM),
+        **{f"{name}, one row": run for name, run in primitives(1, 1).items()},
+    }
+    time = {name: statistics.median(t) for name, t in timing.interleaved(runs, seconds, least=7).items()}
+    kernel = {name: max(0.0, time[name] - time[f"{name}, one row"]) for name in primitives(1, 1)}
+    in_forward = time["products"] + sum(kernel.values()) - kernel["row_combine"] + time["allocations"]
+    return {
+        "matrix products": time["products"],
+        **kernel,
+        "allocations": time["allocations"],
+        "dispatch and graph of the op": time["op"] - in_forward,
+        "checks of the arguments": time["checks"],
+        "Python of module and statistics": time["module"] - time["op"] - time["checks"],
+        "backward but for row_combine": time["step"] - time["module"] - kernel["row_combine"],
+        "step": time["step"],
+        "for comparison: mse_loss of 4 numbers": time["bare"],
+    }
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__)
+    parser.add_argument("rows", type=int, nargs="*", default=[32, 128, 256, 1024])
+    parser.add_argument("--seconds", type=float, default=5.0, help="about how long each size takes")
+    parser.add_argument("--processor-time", action="store_true", help="one thread: for a machine that others use")
+    arguments = parser.parse_args()
+    if arguments.processor_time:
+        timing.use_processor_time()
+    columns = {rows: parts(rows, arguments.seconds) for rows in arguments.rows}
+    print(f"microseconds and share of the step; {torch.get_num_threads()} threads, {timing.clock_name()}")
+    print(" " * 40 + "".join(f"{rows:>10,} rows" for rows in columns))
+    for name in next(iter(columns.values())):
+        cells = (f"{c[name] * 1e6:9,.1f} {c[name] / c['step']:4.0%}" for c in columns.values())
+        print(f"{name:<40} " + " ".join(cells))
+
+
+if __name__ == "__main__":
+    main()
