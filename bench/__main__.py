@@ -8,33 +8,34 @@ from pathlib import Path
 from amn_kernels.train.runs import write_atomically
 from bench import accuracy, memory, report, terms, timing
 
-STREAMED_ROWS, MEMORY_ROWS, MOST_ROWS = 65536, 16384, 32768
-
 
 def main() -> None:
     """Run everything."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="*", default=terms.ROWS)
+    parser.add_argument("--streamed-rows", type=int, default=65536, help="for MSE + cosine alone")
+    parser.add_argument("--memory-rows", type=int, default=16384)
+    parser.add_argument("--most-rows", type=int, default=32768, help="memory of the fused loss alone; 0: not at all")
     parser.add_argument("--seconds", type=float, default=20.0, help="about how long each size takes")
     parser.add_argument("--json", type=Path, default=report.TERMS, help="where the figures go")
     parser.add_argument("--processor-time", action="store_true", help="one thread: for a machine that others use")
     parser.add_argument("--smoke", action="store_true", help="few small sizes into runs/: only shows that it runs")
     arguments = parser.parse_args()
-    rows, streamed, held, most = terms.ROWS, STREAMED_ROWS, MEMORY_ROWS, MOST_ROWS
     if arguments.processor_time:
         timing.use_processor_time()
     if arguments.smoke:
-        rows, streamed, held, most = (32, 256), 4096, 2048, 4096
+        arguments.rows, arguments.streamed_rows, arguments.memory_rows, arguments.most_rows = (32, 256), 4096, 2048, 0
         arguments.seconds, arguments.json = 0.5, Path("runs/bench/terms.json")
 
+    times = [terms.all_terms(rows, arguments.seconds) for rows in arguments.rows]
+    times.append(terms.streamed_terms(arguments.streamed_rows, arguments.seconds))
+    held = [(name, arguments.memory_rows) for name in ("fused", "eager", "compile")]
+    held += [(name, arguments.most_rows) for name in ("fused", "both") if arguments.most_rows]
     result = {
         "machine": report.machine(),
         "load": os.getloadavg()[0],
-        "times": [terms.all_terms(n, arguments.seconds) for n in rows]
-        + [terms.streamed_terms(streamed, arguments.seconds)],
-        "memory": [
-            {"contender": name, "rows": n, "bytes": memory.measure(name, n)}
-            for name, n in (("fused", held), ("eager", held), ("compile", held), ("fused", most), ("both", most))
-        ],
+        "times": times,
+        "memory": [{"contender": name, "rows": n, "bytes": memory.measure(name, n)} for name, n in held],
         "accuracy": accuracy.relative_errors(),
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -108,11 +108,11 @@ def terms_section(result: dict) -> str:
             [
                 f"{entry['rows']:,}", *(_time(of[name]["seconds"]) for name in ("fused", "eager", "compile")),
                 f"{min(of['eager']['ratio'], of['compile']['ratio']):.2f}x", f"{of['balanced']['ratio']:.2f}x",
-                f"{of['products']['ratio']:.0%}",
+                f"{of['bfloat16']['ratio']:.2f}x", f"{of['products']['ratio']:.0%}",
             ]
         )  # fmt: skip
-    head = ("rows", "fused", "eager", "torch.compile", "faster of the two / fused", "balanced / fixed weights")
-    parts.append(_table([*head, "two bare products / fused"], rows))
+    times, ratios = ("fused", "eager", "torch.compile"), ("faster of the two / fused", "balanced / fixed weights")
+    parts.append(_table(["rows", *times, *ratios, "bfloat16 / float32", "two bare products / fused"], rows))
     for entry in (e for e in result["times"] if e["kind"] == "streamed_terms"):
         of = {name: _time(r["seconds"]) for name, r in entry["contenders"].items()}
         share = 1 / entry["contenders"]["move"]["ratio"]

@@ -10,9 +10,15 @@ ROWS = (32, 128, 256, 1024, 4096)
 
 
 def all_terms(rows: int, seconds: float) -> dict:
-    """Beside the two bare matrix products that the op contains. "balanced" is the fused loss with default weighting."""
+    """Beside the two bare matrix products that the op contains.
+
+    "balanced" is the fused loss with default weighting, "bfloat16" the one with fixed weights on input of that dtype.
+    """
     pred, target = inputs(rows, DIM)
-    runs = {name: step(loss, pred, target) for name, loss in losses(ALL_TERMS).items() if name != "both"}
+    contenders = losses(ALL_TERMS)
+    runs = {name: step(loss, pred, target) for name, loss in contenders.items() if name != "both"}
+    narrow = pred.detach().bfloat16().requires_grad_()
+    runs["bfloat16"] = step(contenders["fused"], narrow, target.bfloat16())
     queries, similarities, attention = pred.detach(), torch.empty(rows, rows), torch.empty(rows, DIM)
 
     def products():
