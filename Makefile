@@ -8,6 +8,8 @@
 #   make bench   speed and memory against eager PyTorch and torch.compile, and the table of it in the README
 #   make bench-peers   the same for other libraries, over rows, dimensions and dtypes: hours
 #   make profile       where the time of a step goes, part by part
+#   make kernels-check   registers, spills and occupancy of the compiled GPU kernels; make cost   their bytes, counted
+#   make test-gpu, make bench-gpu   on a CUDA device: the tests that need one, and speed against what people run
 #   make test-simt, test-simt-asan, test-simt-tsan   the CUDA kernels on the CPU: values, addresses, races (tests/simt)
 #   make fuzz    10,000 generated inputs compared with the reference, and thousands of wrong arguments and damaged files
 #   make test-triton   the Triton kernels on the CPU: values, addresses, races
@@ -21,6 +23,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
 .PHONY: demo test test-full test-distributed test-triton test-simt test-simt-asan test-simt-tsan fuzz wheels examples \
   docs lint types bench profile bench-peers bench-ring build clean
+.PHONY: kernels-check cost test-gpu bench-gpu
 
 demo: build
 	$(BIN)/amn-kernels demo --overwrite
@@ -81,6 +84,18 @@ bench-peers: build
 
 bench-ring: build
 	$(BIN)/python -m bench.ring
+
+kernels-check: build
+	$(BIN)/python -m tests.kernels_check $(CHECK_ARGS)
+
+cost: build
+	$(BIN)/python -m bench.cost
+
+test-gpu: build
+	$(BIN)/python -m pytest tests/gpu tests/test_triton*.py --full
+
+bench-gpu: build
+	$(BIN)/python -m bench.gpu $(BENCH_ARGS)
 
 build: $(VENV)/.built
 

@@ -1,9 +1,16 @@
 """The check of the compiled kernels: its arithmetic, and that it complains."""
 
 import dataclasses
+import importlib
+import pkgutil
 
 import pytest
+import torch
+from kernels_check import triton_kernels
 from kernels_check.report import KernelReport, occupancy
+
+import amn_kernels.triton
+from bench.launches import compiling
 
 GOOD = KernelReport("row_stats", "triton", 90, "bf16", 32, 0, 0, occupancy=1.0, min_occupancy=0.5)
 
@@ -43,3 +50,38 @@ def test_complaints_name_the_kernel_and_what_is_wrong(change, word):
     (complaint,) = dataclasses.replace(GOOD, **change).complaints()
     assert complaint.startswith("triton row_stats, bf16, sm_90: ")
     assert word in complaint
+
+
+needs_triton = pytest.mark.skipif(
+    triton_kernels.why_unavailable() is not None, reason=f"{triton_kernels.why_unavailable()}"
+)
+
+
+@needs_triton
+def test_the_steps_launch_every_kernel(monkeypatch):
+    from triton.runtime.jit import JITFunction
+
+    launched, defined = set(), set()
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: launched.add(self.fn.__name__))
+    for step in triton_kernels.STEPS:
+        triton_kernels.run_step(step, torch.bfloat16)
+    for module in pkgutil.iter_modules(amn_kernels.triton.__path__):
+        for name, x in vars(importlib.import_module(f"amn_kernels.triton.{module.name}")).items():
+            if isinstance(x, JITFunction) and name.endswith("_kernel"):
+                defined.add(name)
+    assert launched == defined
+
+
+@needs_triton
+def test_a_tile_too_large_is_found(monkeypatch):
+    from amn_kernels.triton import small_groups
+
+    # 256 dimensions of 64 rows on 128 threads are 128 registers for each of pred and target.
+    monkeypatch.setitem(small_groups._HALF, 64, small_groups.Tile(256, 4, 2))
+    kernels = []
+    with compiling(90, lambda launch: kernels.append(launch.kernel)):
+        triton_kernels.run_step(triton_kernels.Step((64, 768), triton_kernels.ALL), torch.bfloat16)
+    complaints = [triton_kernels.read(kernel, 90, "bf16").complaints() for kernel in kernels]
+    assert "small_groups_kernel" in complaints[0][0]
+    assert "spills" in complaints[0][0]
+    assert complaints[1] == []

@@ -1,14 +1,16 @@
 """The Triton backend: the primitives as Triton kernels, one file per concept, under `amn_kernels.algorithm`.
 
     backend.py      the op: autograd, and why it can't serve a call
+    small_groups.py groups whose similarities fit one program, group_kernels.py its kernels
     primitives.py   tensors to launches: the protocol of `amn_kernels.primitives`
     launching.py    block sizes and warps, and how a kernel is launched
     scalars.py      numbers per row and the small formulas that kernels share
     *.py            the kernels themselves
 
-A training step by chunks launches 5 kernels and one per chunk of rows and block of keys (softmax_rows), beside the two
-matrix products of each: row_stats, row_dots, two for term_sums, row_combine. Both directions, positives by id and
-gradients for keys take two per chunk and block, terms of columns 4 more. Groups go together as far as they fit.
+Groups of at most 128 rows are small_groups.py: two launches a training step, three for several groups. A step by
+chunks launches 5 kernels and one per chunk of rows and block of keys (softmax_rows), beside the two matrix products of
+each: row_stats, row_dots, two for term_sums, row_combine. Both directions, positives by id and gradients for keys take
+two per chunk and block, terms of columns 4 more. Groups go together as far as they fit.
 
 The modules that need Triton are imported when the backend is first used, so the package works without it.
 """

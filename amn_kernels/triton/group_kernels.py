@@ -141,13 +141,16 @@ def small_groups_kernel(
     put(rows, stride, PRED_DIFF, i, pd, inside)
 
     if HAS_INFONCE:
-        other = counts[:, None] & counts[None, :] & (r[:, None] != r[None, :])
+        # One number per key for its scale and whether it is one, as in row_stats: each takes a register per column.
+        key_scale = tl.where(counts, inv_target, -1.0).to(tl.float32)
+        logits = logits * (inv_pred / tau).to(tl.float32)[:, None]
+        logits = tl.where(key_scale[None, :] < 0, float("-inf"), logits * key_scale[None, :])
+        logits = tl.where(counts[:, None] & (r[:, None] != r[None, :]), logits, float("-inf"))
+        keys = tl.where(counts, tl.sum(counts.to(tl.int32), 0) - 1, 0)
         if ids is not None:
             id = tl.load(ids + group * ids_group + r * ids_row, mask=inside, other=0)
-            other = other & (id[:, None] != id[None, :])
-        key_scale = inv_target.to(tl.float32)
-        logits = logits * (inv_pred / tau).to(tl.float32)[:, None] * key_scale[None, :]
-        logits = tl.where(other, logits, float("-inf"))
+            logits = tl.where(id[:, None] == id[None, :], float("-inf"), logits)
+            keys = tl.sum((logits != float("-inf")).to(tl.int32), 1)
         own = (1 - one_minus_cos) / tau
         top = tl.max(logits, 1)
         soft = exp_below(logits, top[:, None])
@@ -155,7 +158,7 @@ def small_groups_kernel(
         top = top.to(tl.float64)
         put(rows, stride, MAX, i, top, inside)
         put(rows, stride, OTHERS, i, others, inside)
-        put(rows, stride, KEYS, i, tl.sum(other.to(tl.int32), 1).to(tl.float64), inside)
+        put(rows, stride, KEYS, i, keys.to(tl.float64), inside)
         sending = counts & has_cosine
         share = share_of_others(top, others, own)
         factor = 1 / (others + tl.exp(own - top))
@@ -208,7 +211,7 @@ def small_groups_kernel(
         tl.debug_barrier()
         finish(
             partial, weights, values, gram, metrics, loss, mean, updates, calls, skipped, lambdas, most, tau, decay,
-            log_decay, dim, groups, update_every, LIST, SENDS, HAS_INFONCE, WEIGHTING, UPDATE, ANCHOR, 16,
+            log_decay, dim, groups, update_every, LIST, SENDS, HAS_INFONCE, WEIGHTING, UPDATE, ANCHOR, 1,
         )  # fmt: skip
 
 

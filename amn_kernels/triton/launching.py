@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import triton
 from torch import Tensor
+from triton.runtime import driver
 
 
 class Tile(NamedTuple):
@@ -36,15 +37,36 @@ def row_tile(dim: int) -> Tile:
 
 
 def logits_tile(keys: int) -> Tile:
-    """Of kernels along the K similarities of a row: 16 a thread, as only one tensor is read."""
-    return tile(keys, most_cols=2048, elements=2048, warps=4)
+    """Of kernels along the K similarities of a row: 8 a thread; with 16, ids and a guide leave a third of the warps."""
+    return tile(keys, most_cols=1024, elements=1024, warps=4)
 
 
-COLUMN_TILE = Tile(rows=32, cols=64, warps=4)
-"""Of kernels down the columns: 64 columns are a whole 128-byte line in half precision, 32 rows 16 elements a thread."""
+def pairs_tile(keys: int) -> Tile:
+    """Of kernels along similarities that also look at ids, guide and columns: 4 a thread, one wide load of each."""
+    return tile(keys, most_cols=1024, elements=1024, warps=8)
 
-FLAT_TILE = Tile(rows=1, cols=1024, warps=4)
-"""Of kernels over numbers per row or per column, which are a few bytes beside the rows themselves."""
+
+COLUMN_TILE = Tile(rows=16, cols=64, warps=4)
+"""Of kernels down the columns of similarities: 64 float32 columns are two 128-byte lines, 8 elements a thread."""
+
+MOMENT_TILE = Tile(rows=16, cols=32, warps=4)
+"""Of col_stats: 4 columns of 16 bits a thread, half a wide load. It keeps twelve float64 sums a column, which for 8
+columns would be 192 registers."""
+
+FLAT_TILE = Tile(rows=1, cols=128, warps=4)
+"""Of kernels over numbers per row or per column: one a thread, as these are float64, and few beside the rows."""
+
+
+def half_occupancy() -> int:
+    """Registers of a thread with which half of the warps of a multiprocessor are resident.
+
+    A limit for kernels that the compiler would give a few more. sm_120 holds 48 warps, the others 64.
+    """
+    try:
+        arch = driver.active.get_current_target().arch
+    except RuntimeError:  # without a device nothing is compiled, only counted
+        arch = 0
+    return 80 if arch >= 120 else 64
 
 
 def launch(kernel, programs: int, *arguments, warps: int, **constants) -> None:

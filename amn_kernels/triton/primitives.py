@@ -19,14 +19,24 @@ from amn_kernels.triton.columns import (
     merge_moments_kernel,
     mirror_columns_kernel,
 )
-from amn_kernels.triton.launching import COLUMN_TILE, FLAT_TILE, launch, logits_tile, row_tile, strides
+from amn_kernels.triton.launching import (
+    COLUMN_TILE,
+    FLAT_TILE,
+    MOMENT_TILE,
+    half_occupancy,
+    launch,
+    logits_tile,
+    pairs_tile,
+    row_tile,
+    strides,
+)
 from amn_kernels.triton.mirror import mirror_rows_kernel
 from amn_kernels.triton.row_combine import row_combine_kernel
 from amn_kernels.triton.row_dots import row_dots_kernel
 from amn_kernels.triton.row_stats import row_stats_kernel
 from amn_kernels.triton.softmax import softmax_rows_kernel, softmax_stats_kernel, softmax_weights_kernel
 from amn_kernels.triton.softmax_cols import col_factors_kernel, softmax_cols_kernel
-from amn_kernels.triton.term_sums import SLOTS, finish_sums_kernel, sum_rows_kernel
+from amn_kernels.triton.term_sums import FINISH_BLOCKS, SLOTS, finish_sums_kernel, sum_rows_kernel
 
 ROWS_OF_SPLIT = 512
 """Rows whose column moments one program gathers: 65,536 rows of 768 columns are then 1,536 programs."""
@@ -82,6 +92,7 @@ class TritonPrimitives:
             BLOCK_M=tile.rows,
             BLOCK_K=tile.cols,
             warps=tile.warps,
+            maxnreg=half_occupancy(),
         )
 
     def softmax_stats_(  # noqa: D102
@@ -89,7 +100,7 @@ class TritonPrimitives:
     ) -> None:
         groups, size = _groups(logits)
         tensors, sizes, pair_strides = _pairs(pairs)
-        tile = logits_tile(logits.shape[-1])
+        tile = pairs_tile(logits.shape[-1])
         launch(
             softmax_stats_kernel,
             groups * triton.cdiv(size, tile.rows),
@@ -100,6 +111,7 @@ class TritonPrimitives:
             BLOCK_M=tile.rows,
             BLOCK_K=tile.cols,
             warps=tile.warps,
+            maxnreg=half_occupancy(),
         )
 
     def softmax_cols(self, logits, sums, pairs: Pairs, form: Form) -> None:  # noqa: D102
@@ -132,7 +144,7 @@ class TritonPrimitives:
     ) -> None:
         groups, size = _groups(logits)
         tensors, sizes, pair_strides = _pairs(pairs)
-        tile = logits_tile(logits.shape[-1])
+        tile = pairs_tile(logits.shape[-1])
         col_keys = cols.shape[-1]
         launch(
             softmax_weights_kernel,
@@ -148,6 +160,7 @@ class TritonPrimitives:
             BLOCK_M=tile.rows,
             BLOCK_K=tile.cols,
             warps=tile.warps,
+            maxnreg=half_occupancy(),
         )
 
     def row_dots(self, pred, target, attention, rows, held: Attention, form: Form, tau: Temperature) -> None:  # noqa: D102
@@ -178,12 +191,12 @@ class TritonPrimitives:
         counted[:1].copy_(count)
         launch(
             col_stats_kernel,
-            splits * triton.cdiv(dim, COLUMN_TILE.cols),
+            splits * triton.cdiv(dim, MOMENT_TILE.cols),
             *(pred, target, rows, parts[1:], counted[1:], rows_in_all, size, dim, ROWS_OF_SPLIT),
             *(*strides(pred), *strides(target), rows.stride(0)),
-            BLOCK_R=COLUMN_TILE.rows,
-            BLOCK_C=COLUMN_TILE.cols,
-            warps=COLUMN_TILE.warps,
+            BLOCK_R=MOMENT_TILE.rows,
+            BLOCK_C=MOMENT_TILE.cols,
+            warps=MOMENT_TILE.warps,
         )
         launch(
             merge_moments_kernel,
@@ -207,6 +220,7 @@ class TritonPrimitives:
         count, dim = groups * size, pred.shape[-1]
         tile = row_tile(dim)
         has_attention = attention.numel() > 0
+        # Eight sums a row: with 8 elements of each row a thread, as elsewhere, they would leave a third of the warps.
         launch(
             col_dots_kernel,
             triton.cdiv(count, tile.rows),
@@ -214,7 +228,7 @@ class TritonPrimitives:
             *(*strides(pred), *strides(target), *(strides(attention) if has_attention else (0, 0)), rows.stride(0)),
             BLOCK_M=tile.rows,
             BLOCK_D=tile.cols,
-            warps=tile.warps,
+            warps=2 * tile.warps,
         )
 
     def term_sums(  # noqa: D102
@@ -245,7 +259,7 @@ class TritonPrimitives:
             LIST=tuple(terms.ids),
             SENDS=tuple(bool(sends) for sends in terms.differentiable),
             HAS_INFONCE=has_infonce,
-            BLOCK=FLAT_TILE.cols,
+            BLOCK=FINISH_BLOCKS,
             warps=FLAT_TILE.warps,
         )
 

@@ -40,7 +40,7 @@ MOMENT_VARIANCE = tl.constexpr(int(Row.MOMENT_VARIANCE))
 VARIANCE_VARIANCE = tl.constexpr(int(Row.VARIANCE_VARIANCE))
 
 SIZES = [
-    *("count", "size", "own", "id_keys", "col_keys", "cols", "blocks", "splits", "part_count", "rows_of_split", "m"),
+    *("count", "size", "own", "id_keys", "col_keys", "blocks", "splits", "part_count", "rows_of_split", "m"),
     *("stride", "rows_stride", "mirrored_stride", "sums_stride", "sums_group", "cols_stride", "cols_group"),
     *("scale_group", "ids_group", "update_every"),
 ]

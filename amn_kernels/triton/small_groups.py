@@ -21,10 +21,12 @@ from amn_kernels.stats import METRICS, TermOutputs
 from amn_kernels.triton.group_kernels import finish_groups_kernel, small_groups_kernel
 from amn_kernels.triton.launching import launch, row_tile, strides
 from amn_kernels.triton.row_combine import row_combine_kernel
-from amn_kernels.triton.term_sums import SLOTS
+from amn_kernels.triton.term_sums import FINISH_BLOCKS, SLOTS
 from amn_kernels.weighting import BalancedWeighting
 
 MAX_ROWS = 128
+MAX_ROWS_BOTH = 64
+"""For both directions, which hold three tiles of similarities at a time: at 128 rows they spill."""
 STATE = ("mean", "updates", "calls", "skipped", "lambdas", "most")
 """What the kernels read and write of a `BalancedWeighting`."""
 
@@ -37,18 +39,22 @@ class Tile(NamedTuple):
     stages: int
 
 
+MOST_REGISTERS = 255
+"""Of a thread. Left to itself, the assembler stops at 128 for sm_120 and spills a few bytes."""
+
 # Registers decide: more dimensions at a time spill, and so does a similarity tile over fewer warps. The check of the
 # compiled kernels prints both; which of those that fit is fastest is not measured.
-_HALF = {16: Tile(64, 4, 2), 32: Tile(64, 4, 2), 64: Tile(64, 8, 2), 128: Tile(64, 8, 2)}
-_SINGLE = {16: Tile(32, 4, 2), 32: Tile(32, 4, 2), 64: Tile(32, 8, 2), 128: Tile(16, 8, 2)}
+_HALF = {16: Tile(64, 4, 2), 32: Tile(64, 4, 2), 64: Tile(64, 8, 2), 128: Tile(32, 8, 2)}
+_SINGLE = {16: Tile(32, 4, 2), 32: Tile(32, 4, 2), 64: Tile(32, 8, 2), 128: Tile(16, 8, 1)}
 
 
 def why_unsupported(call: Call) -> str | None:
     """Why a call takes the path of chunks instead; None if it is one of small groups."""
     options, size = call.options, _group_size(call)
+    most = MAX_ROWS if options.direction == "pred_to_target" else MAX_ROWS_BOTH
     columns = [term for term in options.terms if term in ("moment", "variance")]
     reasons = {
-        f"groups have {size} rows, more than {MAX_ROWS}": size > MAX_ROWS,
+        f"groups have {size} rows, more than {most}": size > most,
         f"{' and '.join(columns)} are sums over columns": bool(columns),
         "extra_negatives are keys of all groups": call.extra_negatives is not None,
         "positives='ids' needs more sums": options.positives == "ids",
@@ -106,10 +112,11 @@ def _results(pred, terms, monitored, both, needs, weighting) -> tuple[Tensor, ..
     )
 
 
-def _forward(
+def forward(
     pred, target, mask, ids, weights, mean, updates, calls, skipped, lambdas, most, terms, monitored, temperature, both,
     negatives, needs, weighting, anchor, decay, update_every, update,
 ):  # fmt: skip
+    """The op `_small_groups_forward`; its schema has the arguments."""
     results = _results(pred, terms, monitored, both, needs, weighting)
     loss, values, gram, metrics, balanced, rows, attention = results
     p, t = _rows(pred, negatives), _rows(target, negatives)
@@ -134,19 +141,20 @@ def _forward(
             small_groups_kernel, groups, p, t, mask, ids, rows, attention, partial, *outputs, *numbers, size, dim,
             groups, update_every, *strides(p), *strides(t), *_strides(mask), *_strides(ids), **what,
             ATTENDS=attention.numel() > 0, BOTH=both, ONE_GROUP=groups == 1, BLOCK_M=block, BLOCK_D=tile.dims,
-            warps=tile.warps, num_stages=tile.stages,
+            warps=tile.warps, num_stages=tile.stages, maxnreg=MOST_REGISTERS,
         )  # fmt: skip
         if groups > 1:
             launch(
                 finish_groups_kernel, 1, partial, *outputs, *numbers, dim, groups, update_every, **what,
-                BLOCK=min(1024, triton.next_power_of_2(groups)), warps=4,
+                BLOCK=FINISH_BLOCKS, warps=4,
             )  # fmt: skip
     return results
 
 
-def _backward(
+def backward(
     grad_loss, grad_values, weights, pred, target, rows, attention, terms, monitored, temperature, both, negatives
 ):
+    """The op `_small_groups_backward`."""
     p, t = _rows(pred, negatives), _rows(target, negatives)
     _, size, dim = p.shape
     grad = torch.empty_like(pred, memory_format=torch.contiguous_format)
@@ -181,8 +189,8 @@ def _backward_fake(grad_loss, grad_values, weights, pred, *rest):
     return pred.new_empty(pred.shape)
 
 
-_LIBRARY.impl("_small_groups_forward", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("_small_groups_backward", _backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("_small_groups_forward", forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("_small_groups_backward", backward, "CompositeExplicitAutograd")
 torch.library.register_fake("amn_kernels_triton::_small_groups_forward", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("amn_kernels_triton::_small_groups_backward", _backward_fake, lib=_LIBRARY)
 

@@ -48,6 +48,8 @@ from amn_kernels.triton.scalars import (
 # variance, without the factors that all rows have in common.
 DIFF, COS, INFO, COUNT, TOP1, CHANCE, PRED_NORM, TARGET_NORM, GRAM = (tl.constexpr(n) for n in range(9))
 SLOTS = 8 + 15
+USED = tl.constexpr(SLOTS)
+FINISH_BLOCKS = 32  # sums of so many blocks are added at a time: with all slots 8 numbers a thread
 MSE, COSINE, INFONCE, MOMENT, VARIANCE = (tl.constexpr(FUSED_TERMS.index(name)) for name in FUSED_TERMS)
 TIE = tl.constexpr(8 * 2.0**-23)  # cosines closer than the rounding of a matrix product are a tie
 
@@ -165,24 +167,32 @@ def sum_rows_kernel(
 
 
 @triton.jit
-def total(partial, blocks, slot: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of a slot over the blocks, in order."""
-    x = tl.full([], 0.0, tl.float64)
+def slot_sums(partial, blocks, BLOCK: tl.constexpr):
+    """Sums [32] of the slots over the blocks, in order. A slot that nobody wrote holds anything."""
+    slot = tl.arange(0, 32)
+    sums = tl.zeros([32], tl.float64)
     for start in range(0, blocks, BLOCK):
         n = start + tl.arange(0, BLOCK)
-        x += tl.sum(tl.load(partial + slot * blocks + n, mask=n < blocks, other=0.0), axis=0)
-    return x
+        inside = (slot < USED)[:, None] & (n < blocks)[None, :]
+        sums += tl.sum(tl.load(partial + (slot[:, None] * blocks + n[None, :]), mask=inside, other=0.0), axis=1)
+    return sums
 
 
 @triton.jit
-def value_of(partial, blocks, col_values, term: tl.constexpr, dim, BLOCK: tl.constexpr):
+def at(sums, slot: tl.constexpr):
+    """One of the sums."""
+    return tl.sum(tl.where(tl.arange(0, 32) == slot, sums, 0.0), axis=0)
+
+
+@triton.jit
+def value_of(sums, col_values, term: tl.constexpr, dim):
     """Value of a term."""
     if term == MSE:
-        x = total(partial, blocks, DIFF, BLOCK) / dim
+        x = at(sums, DIFF) / dim
     elif term == COSINE:
-        x = total(partial, blocks, COS, BLOCK)
+        x = at(sums, COS)
     elif term == INFONCE:
-        x = total(partial, blocks, INFO, BLOCK)
+        x = at(sums, INFO)
     else:
         x = tl.load(col_values + (term - MOMENT))
     return x
@@ -200,13 +210,13 @@ def factor_of(term: tl.constexpr, dim, tau):
 
 
 @triton.jit
-def gram_of(partial, blocks, one: tl.constexpr, other: tl.constexpr, dim, tau, BLOCK: tl.constexpr):
+def gram_of(sums, one: tl.constexpr, other: tl.constexpr, dim, tau):
     """Inner product of two terms' gradients."""
     low: tl.constexpr = one if one < other else other
     high: tl.constexpr = other if one < other else one
     # Row `low` of the triangle begins after the rows before it, of 5, 4, 3, ... entries.
     slot: tl.constexpr = GRAM + low * 5 - low * (low - 1) // 2 + high - low
-    return factor_of(low, dim, tau) * factor_of(high, dim, tau) * total(partial, blocks, slot, BLOCK)
+    return factor_of(low, dim, tau) * factor_of(high, dim, tau) * at(sums, slot)
 
 
 @triton.jit
@@ -215,24 +225,25 @@ def finish_sums(
     HAS_INFONCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The blocks' sums to values, Gram matrix and metrics. LIST has the terms' numbers; τ in float64."""
+    sums = slot_sums(partial, blocks, BLOCK)
     m: tl.constexpr = len(LIST)
     for a in tl.static_range(m):
-        tl.store(values + a, value_of(partial, blocks, col_values, LIST[a], dim, BLOCK).to(tl.float32))
+        tl.store(values + a, value_of(sums, col_values, LIST[a], dim).to(tl.float32))
         if gram is not None:
             for b in tl.static_range(m):
                 entry = tl.full([], 0.0, tl.float64)
                 if SENDS[a] and SENDS[b]:
-                    entry = gram_of(partial, blocks, LIST[a], LIST[b], dim, tau, BLOCK)
+                    entry = gram_of(sums, LIST[a], LIST[b], dim, tau)
                 tl.store(gram + a * m + b, entry.to(tl.float32))
-    weight, cosine_distance = total(partial, blocks, COUNT, BLOCK), total(partial, blocks, COS, BLOCK)
+    weight, cosine_distance = at(sums, COUNT), at(sums, COS)
     top1, chance = tau * 0, tau * 0
     if HAS_INFONCE:
-        top1, chance = total(partial, blocks, TOP1, BLOCK), total(partial, blocks, CHANCE, BLOCK)
+        top1, chance = at(sums, TOP1), at(sums, CHANCE)
     tl.store(metrics, (weight - cosine_distance).to(tl.float32))
     tl.store(metrics + 1, top1.to(tl.float32))
     tl.store(metrics + 2, chance.to(tl.float32))
-    tl.store(metrics + 3, total(partial, blocks, PRED_NORM, BLOCK).to(tl.float32))
-    tl.store(metrics + 4, total(partial, blocks, TARGET_NORM, BLOCK).to(tl.float32))
+    tl.store(metrics + 3, at(sums, PRED_NORM).to(tl.float32))
+    tl.store(metrics + 4, at(sums, TARGET_NORM).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=SIZES)

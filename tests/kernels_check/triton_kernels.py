@@ -1,19 +1,15 @@
-"""The Triton kernels, as the steps of a training launch them: compiled for each architecture, and read.
+"""The Triton kernels, as the steps of a training launch them: compiled for each architecture, and read."""
 
-A step runs the wrappers themselves, on CPU tensors, under a driver that compiles for a chosen architecture and launches
-nothing. So what is compiled is what a GPU would get: the same specialisation, constants and warps.
-"""
-
-import contextlib
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import torch
+
+from bench.launches import compiling
 
 from .report import ARCHITECTURES, KernelReport, occupancy
 
@@ -21,10 +17,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REDUCED = ((80, "bf16"), (90, "bf16"), (90, "fp32"), (100, "fp16"), (120, "fp32"))
 """Every architecture and every dtype, not every pair."""
 
-MATRIX_KERNELS = ("small_groups_kernel",)
-"""Kernels that multiply matrices: few large blocks, tensor cores. All others wait for memory and need occupancy."""
+FEW_WARPS = ("small_groups_kernel", "col_stats_kernel", "softmax_cols_kernel")
+"""Kernels that live on registers: a tile of similarities, float64 sums a column. The others need occupancy."""
 ROWS = ("pred", "logits")
-"""Names of arguments whose rows must be loaded 128 bits at a time."""
+"""Names of arguments whose rows must be loaded 128 bits at a time ..."""
+NARROW = ("col_stats_kernel", "col_dots_kernel")
+"""... but for these kernels, whose sums leave registers for half of that."""
 
 PROCESSES = 2
 
@@ -42,10 +40,13 @@ DIM = 768
 ALL = {"mse": 1.0, "cosine": 1.0, "infonce": 1.0}
 STEPS = (
     *(Step((rows, DIM), ALL) for rows in (16, 32, 64, 128)),
-    Step((128, DIM), {**ALL, "direction": "both"}, ("mask", "ids")),
-    Step((4, 64, DIM), {**ALL, "negatives": "sequence"}),
+    Step((4, 64, DIM), {**ALL, "direction": "both", "negatives": "sequence"}, ("mask", "ids")),
     Step((256, DIM), {**ALL, "moment": 1.0, "variance": 1.0}, ("mask",)),
-    Step((256, DIM), {**ALL, "direction": "both", "positives": "ids"}, ("ids", "extra_negatives", "target")),
+    Step(
+        (256, DIM),
+        {**ALL, "moment": 1.0, "direction": "both", "positives": "ids"},
+        ("ids", "extra_negatives", "target"),
+    ),
 )
 """Together they launch every kernel; `test_kernels_check` counts them."""
 
@@ -69,16 +70,19 @@ def reports(reduced: bool) -> list[KernelReport]:
 
 def _reports_of(arch: int, dtype: str) -> list[KernelReport]:
     torch.set_num_threads(1)
-    with compiling(arch) as kernels:
+    kernels = {}
+    with compiling(arch, lambda launch: kernels.setdefault(id(launch.kernel), launch.kernel)):
         for step in STEPS:
             run_step(step, DTYPES[dtype])
-    return [read(kernel, arch, dtype) for kernel in kernels]
+    return [read(kernel, arch, dtype) for kernel in kernels.values()]
 
 
 def run_step(step: Step, dtype: torch.dtype) -> None:
     """Forward and backward of the balanced loss."""
     from amn_kernels.backends import BACKENDS, Call
     from amn_kernels.options import LossOptions
+    from amn_kernels.triton import primitives
+    from amn_kernels.triton.small_groups import STATE
     from amn_kernels.weighting import make_weighting
 
     pred, target = (torch.ones(step.shape, dtype=dtype).requires_grad_() for _ in range(2))
@@ -88,64 +92,20 @@ def run_step(step: Step, dtype: torch.dtype) -> None:
         "ids": torch.arange(pred.numel() // DIM).view(step.shape[:-1]),
         "extra_negatives": torch.ones(64, DIM, dtype=dtype),
     }
+    given = {name: x for name, x in given.items() if name in step.inputs}
     options = LossOptions(**step.options)
-    call = Call(
-        pred,
-        target,
-        options,
-        None,
-        make_weighting(options),
-        **{name: given[name] for name in given if name in step.inputs},
-    )
-    BACKENDS["triton"].run(call).loss.backward()
-
-
-@contextlib.contextmanager
-def compiling(arch: int) -> Iterator[list]:
-    """Launches compile for the architecture and do nothing; yields the list that fills with compiled kernels."""
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    run, before, kernels = JITFunction.run, driver._active, []
-
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if kernel not in kernels:
-            kernels.append(kernel)
-        return kernel
-
-    JITFunction.run = compile_only
-    driver.set_active(_Compiler(arch))
-    try:
-        yield kernels
-    finally:
-        JITFunction.run = run
-        driver.set_active(before)
-
-
-class _Compiler:
-    """What Triton asks of a driver up to the launch."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch  # Triton keeps what it compiled per device
-
-    def get_current_stream(self, device) -> int:
-        return 0
+    weighting = make_weighting(options)
+    loss, outputs, _ = BACKENDS["triton"].run(Call(pred, target, options, None, weighting, **given))
+    loss.backward()
+    # For tensors on the CPU the weighting takes the compiled twin.
+    state = (getattr(weighting, name) for name in STATE)
+    primitives.balance(outputs.values.detach(), outputs.gram, *state, weighting.anchor, 0.99, 1, False, True)
 
 
 def read(kernel, arch: int, dtype: str) -> KernelReport:
     """The report of a compiled kernel."""
     usage = _resource_usage(kernel.asm["cubin"])
     ptx, ttir, name = kernel.asm["ptx"], kernel.asm["ttir"], kernel.metadata.name
-    matrix = name in MATRIX_KERNELS
     failures, notes = [], [f"{kernel.metadata.num_warps} warps"]
     if "tt.dot" in ttir:
         used = re.findall(r"\b(wgmma|tcgen05\.mma|mma\.sync)", ptx)
@@ -153,7 +113,7 @@ def read(kernel, arch: int, dtype: str) -> KernelReport:
         if dtype != "fp32" and not used:
             failures.append("a product of low precision without tensor cores")
     arguments = set(re.findall(r"%(\w+): !tt\.ptr", ttir))
-    if arguments & set(ROWS):
+    if arguments & set(ROWS) and name not in NARROW:
         wide = re.search(r"ld\.global[\w.:]*\.(v4\.b32|v2\.b64|v8\.b32|v4\.b64)|cp\.async\.cg\.[^;]*0x10", ptx)
         if not wide:
             failures.append("no 128-bit load")
@@ -170,7 +130,7 @@ def read(kernel, arch: int, dtype: str) -> KernelReport:
         occupancy=occupancy(arch, kernel.metadata.num_warps * 32, usage["REG"], kernel.metadata.shared),
         notes=", ".join(notes),
         failures=tuple(failures),
-        min_occupancy=0.0 if matrix else 0.5,
+        min_occupancy=0.0 if name in FEW_WARPS else 0.5,
     )
 
 
