@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from amn_kernels import distributed, ops, reference, triton
+from amn_kernels import ops, reference, triton
 from amn_kernels.options import FUSED_TERMS, LossOptions, shown
 from amn_kernels.stats import TermOutputs
 
@@ -62,6 +62,18 @@ def _is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def _why_not_over_ranks(call: Call) -> str | None:
+    from amn_kernels import distributed  # here and not above: a quarter of the time that the package takes to import
+
+    return distributed.why_unsupported(call.pred)
+
+
+def _run_over_ranks(call: Call) -> Outcome:
+    from amn_kernels import distributed
+
+    return weighted(call, distributed.term_outputs(call))
+
+
 _UNFUSED = f"terms other than {', '.join(FUSED_TERMS)} are not fused"
 
 
@@ -73,13 +85,13 @@ def _cpu_unsupported(call: Call) -> str | None:
     if _is_transformed():
         return "torch.func transforms and forward-mode derivatives are not fused"
     if call.options.over_ranks:
-        return distributed.why_unsupported(call.pred)
+        return _why_not_over_ranks(call)
     return None
 
 
 def _cpu_run(call: Call) -> Outcome:
     if call.options.over_ranks:
-        return weighted(call, distributed.term_outputs(call))
+        return _run_over_ranks(call)
     loss, outputs = ops.seq_loss(
         call.pred,
         call.target,
@@ -103,13 +115,13 @@ def _triton_unsupported(call: Call) -> str | None:
     if _is_transformed():
         return "torch.func transforms and forward-mode derivatives are not fused"
     if call.options.over_ranks:
-        return distributed.why_unsupported(call.pred)
+        return _why_not_over_ranks(call)
     return None
 
 
 def _triton_run(call: Call) -> Outcome:
     if call.options.over_ranks:
-        return weighted(call, distributed.term_outputs(call))
+        return _run_over_ranks(call)
     from amn_kernels.triton import backend, small_groups
 
     if small_groups.why_unsupported(call) is None:
@@ -231,8 +243,9 @@ def info() -> str:
         try:
             backend = choose(call, requested(None))
             first = next(iter(BACKENDS.values()))
-            reason = first.why_unavailable() or first.why_unsupported(call)
-            why = "" if backend is first or not reason else f"  ({first.name}: {reason})"
+            # Why it is not there at all is said above.
+            passed = backend is first or first.why_unavailable()
+            why = "" if passed else f"  ({first.name}: {first.why_unsupported(call)})"
             lines.append(f"  {what:<24} {backend.name}{why}")
         except ValueError as error:
             lines.append(f"  {what:<24} none: {error}")

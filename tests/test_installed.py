@@ -66,5 +66,7 @@ def test_import_loads_little_beyond_torch():
         "sentence_transformers", "sympy", "tokenizers", "transformers", "triton", "tyro",
     }  # fmt: skip
     assert not heavy
+    assert "amn_kernels.distributed" not in own
+    assert not [name for name in own if name.startswith("amn_kernels.train")]
     assert len(own) <= 30
     assert len(more) - len(own) <= 10, sorted(set(more) - set(own))
