@@ -14,6 +14,7 @@
 #   make fuzz    10,000 generated inputs compared with the reference, and thousands of wrong arguments and damaged files
 #   make test-triton   the Triton kernels on the CPU: values, addresses, races
 #   make test-distributed, make bench-ring   the loss over several processes, and its peak memory
+#   make bench-train   the loss's share of a training step
 #   make build   environment and extension   make clean         remove all that was made
 PYTHON ?= python3
 VENV := .venv
@@ -22,7 +23,7 @@ CASES ?= 10000
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
 .PHONY: demo test test-full test-distributed test-triton test-simt test-simt-asan test-simt-tsan fuzz wheels examples \
-  docs lint types bench profile bench-peers bench-ring build clean
+  docs lint types bench profile bench-peers bench-ring bench-train build clean
 .PHONY: kernels-check cost test-gpu bench-gpu
 
 demo: build
@@ -84,6 +85,9 @@ bench-peers: build
 
 bench-ring: build
 	$(BIN)/python -m bench.ring
+
+bench-train: build
+	$(BIN)/python -m bench.train_step
 
 kernels-check: build
 	$(BIN)/python -m tests.kernels_check $(CHECK_ARGS)

@@ -1,6 +1,7 @@
 """The replay: what it trains and keeps, the wrong class for the right weights, and what its table says."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -238,3 +239,10 @@ def test_markdown_table_has_what_is_kept_and_gained():
         "| untrained | mean of context | 0.550 | | 0.200 | | 0.550 |",
         "| untrained | copy last | 0.450 | | 0.240 | | 0.450 |",
     ]
+
+
+def test_readme_shows_the_committed_replay():
+    folder = Path(__file__).parents[1]
+    results = json.loads((folder / "docs/replay/results.json").read_text())
+    table = markdown_table(summarise(results), results["untrained"])
+    assert f"<!-- replay -->\n{table}<!-- /replay -->" in (folder / "README.md").read_text()

@@ -219,7 +219,9 @@ def _scatter(axes: Axes, rows: list[Row], key: str, place: Callable) -> list[tup
         of_set = getattr(row, key)
         points.append(place(of_set))
         marker = MARKERS[models.index(row.model) % len(MARKERS)]
-        axes.plot(*points[-1], marker=marker, markersize=7, linestyle="", alpha=0.85, color=COLORS.get(row.run))
+        axes.plot(
+            *points[-1], marker=marker, markersize=7, linestyle="", alpha=0.85, color=COLORS.get(row.run), clip_on=False
+        )
     return points
 
 
