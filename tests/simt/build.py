@@ -19,7 +19,13 @@ class Build(enum.Enum):
     """The builds: flags for all sources, and those of the instrumented ones."""
 
     PLAIN = (), ()
-    ASAN = ("-DSIMT_ASAN",), ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    ASAN = (
+        ("-DSIMT_ASAN",),
+        (
+            "-fsanitize=address,alignment,bounds,signed-integer-overflow",
+            "-fno-sanitize-recover=all",
+        ),
+    )
     TSAN = ("-DSIMT_TSAN",), ("-fsanitize=thread",)
 
     @property
@@ -49,7 +55,7 @@ def program(name: str, build: Build) -> Path:
     return _link(build, BUILD / build.name.lower() / name, _objects(build, sources), [])
 
 
-def run(program: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run(program: Path, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """Runs a program with the options under which a sanitizer's finding is an exit status and nothing waits."""
     environment = {**os.environ, "TSAN_OPTIONS": "atexit_sleep_ms=0 halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
     command = [str(program), *arguments]
@@ -81,7 +87,7 @@ def _link(build: Build, target: Path, objects: list[Path], flags: list[str]) -> 
 
 
 def _gcc(target: Path, arguments: list[str]) -> None:
-    partial = target.with_suffix(".partial")
+    partial = target.with_suffix(f".{os.getpid()}")
     done = subprocess.run(["g++", *arguments, "-o", str(partial)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"g++ failed for {target.name}:\n{done.stderr[-4000:]}")

@@ -37,13 +37,13 @@ class File {
 
 // Exactly so many bytes behind an address with these last four bits, as recorded: kernels choose by alignment.
 struct Memory {
-  char* allocated;
-  char* data;
+  void* allocated = nullptr;
+  char* data = nullptr;
   std::string wanted;
 
   Memory(uint64_t alignment, const std::string& before, std::string after) : wanted(std::move(after)) {
-    allocated = static_cast<char*>(std::aligned_alloc(16, alignment + before.size()));
-    data = allocated + alignment;
+    if (posix_memalign(&allocated, 16, alignment + before.size()) != 0) std::abort();
+    data = static_cast<char*>(allocated) + alignment;
     std::memcpy(data, before.data(), before.size());
   }
   Memory(Memory&& other) noexcept : allocated(other.allocated), data(other.data), wanted(std::move(other.wanted)) {

@@ -107,6 +107,7 @@ struct Launch {
   size_t dynamic_bytes = 0;
   std::vector<Fiber*> ready;
   std::vector<char*> allocated;
+  std::vector<Fiber*> started;
 };
 
 uint64_t random_state = 1;
@@ -391,6 +392,7 @@ std::unique_ptr<Block> start_block(uint64_t number) {
     fiber->index = i;
     block->fibers.push_back(fiber);
     launching->ready.push_back(fiber);
+    launching->started.push_back(fiber);
   }
   block->in_warp.resize((threads + 31) / 32);
   order({}, block->fibers);
@@ -457,11 +459,10 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, voi
   gridDim = grid;
   blockDim = block;
   const auto finish = [&] {
-    std::vector<Fiber*> threads;
-    for (const auto& fiber : all_fibers) threads.push_back(fiber.get());
-    order(threads, {});
+    order(launch.started, {});
     for (char* memory : launch.allocated) std::free(memory);
-    idle = std::move(threads);  // after an error they are left where they stand
+    idle.clear();
+    for (const auto& fiber : all_fibers) idle.push_back(fiber.get());  // after an error they are left where they stand
     launching = nullptr;
   };
   try {

@@ -45,6 +45,19 @@ class Library:
         if self._trace is not None:
             self._record(name, arguments, pieces, before)
 
+    def moment_parts(self, rows: int, dim: int) -> int:
+        """Numbers of scratch memory that col_stats needs."""
+        return self._size("simt_moment_parts", rows, dim)
+
+    def sum_parts(self, rows: int) -> int:
+        """Numbers of scratch memory that term_sums needs."""
+        return self._size("simt_sum_parts", rows)
+
+    def _size(self, name: str, *sizes: int) -> int:
+        function = getattr(self._library, name)
+        function.restype = ctypes.c_int64
+        return function(*map(ctypes.c_int64, sizes))
+
     def _record(self, name, arguments, pieces, before) -> None:
         out = [_bytes(name.encode()), _number(len(pieces))]
         for (begin, end), old in zip(pieces, before, strict=True):
