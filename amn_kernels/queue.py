@@ -94,7 +94,8 @@ class NegativeQueue(nn.Module):
 
     def get_extra_state(self) -> Tensor:  # [K, D]
         """The rows that are there, the oldest first."""
-        return self.rows[:0] if self._filled == 0 else self.negatives()
+        held = self.negatives()
+        return self.rows[:0] if held is None else held
 
     def set_extra_state(self, state: Tensor) -> None:
         """Holds those rows, or the newest of them; ValueError if they are of another dimension."""

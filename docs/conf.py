@@ -1,5 +1,7 @@
 """Sphinx: the pages of this folder and the reference from the docstrings, without a network (make docs)."""
 
+import re
+
 import amn_kernels
 
 project = "amn-kernels"
@@ -22,3 +24,13 @@ napoleon_google_docstring = True
 html_theme = "furo"
 html_title = f"amn-kernels {version}"
 html_show_sourcelink = False
+
+
+def _keep_norms(app, what, name, obj, options, lines):
+    """Outside of literals Sphinx takes |p| for the name of a substitution; in these docstrings it is a norm."""
+    lines[:] = [re.sub(r"(``.*?``|`[^`]*`)|\|", lambda match: match[1] or r"\|", line) for line in lines]
+
+
+def setup(app):
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", _keep_norms, priority=400)
