@@ -50,6 +50,8 @@ class Work:
     """Bytes without the scalars per row: the matrices [N, D] and [N, K] that go in and come out, once each. 0 for what
     is no kernel along rows."""
     count: int = 1
+    programs: int | None = None
+    """Of a launch, each on one multiprocessor; None: as many as there are."""
 
     @property
     def moved(self) -> int:
@@ -60,6 +62,7 @@ class Work:
 class Device(NamedTuple):
     """Published peaks of a card, SXM form: bytes per second and operations per second of dense products."""
 
+    processors: int
     bandwidth: float
     fp32: float
     bf16: float
@@ -67,9 +70,9 @@ class Device(NamedTuple):
 
 
 DEVICES = {
-    "A100": Device(2.039e12, 19.5e12, 312e12, "NVIDIA A100 80GB datasheet"),
-    "H100": Device(3.35e12, 67e12, 989e12, "NVIDIA H100 datasheet"),
-    "H200": Device(4.8e12, 67e12, 989e12, "NVIDIA H200 datasheet"),
+    "A100": Device(108, 2.039e12, 19.5e12, 312e12, "NVIDIA A100 80GB datasheet"),
+    "H100": Device(132, 3.35e12, 67e12, 989e12, "NVIDIA H100 datasheet"),
+    "H200": Device(132, 4.8e12, 67e12, 989e12, "NVIDIA H200 datasheet"),
 }
 LAUNCH_SECONDS = 2.5e-6
 """Assumed for each launch besides its bytes and operations; a captured graph takes less."""
@@ -81,9 +84,15 @@ arXiv:2410.17243); 8 where one recomputation serves both (Wijmans et al. 2024, a
 
 
 def predict(work: list[Work], device: Device, dtype: str) -> float:
-    """Seconds: each kernel takes the longer of its bytes and its operations at the published peaks, and a launch."""
-    rate = getattr(device, dtype)
-    return sum(max(w.moved / device.bandwidth, w.flops / rate) + w.count * LAUNCH_SECONDS for w in work)
+    """Seconds: each kernel takes the longer of its bytes and its operations at the published peaks, and a launch.
+
+    A kernel of fewer programs than there are multiprocessors gets their share of both.
+    """
+    seconds = 0.0
+    for w in work:
+        share = 1.0 if w.programs is None else min(1.0, w.programs / device.processors)
+        seconds += max(w.moved / device.bandwidth, w.flops / getattr(device, dtype)) / share + w.count * LAUNCH_SECONDS
+    return seconds
 
 
 def fused(rows: int, dtype: torch.dtype, options: LossOptions | None = None, dim: int = DIM) -> list[Work]:
@@ -156,7 +165,7 @@ class _Operators(TorchDispatchMode):
 
 def of_launch(launch: Launch) -> Work:
     """The work of a Triton launch, from its intermediate code and its arguments."""
-    work = Work(launch.kernel.metadata.name.removesuffix("_kernel"))
+    work = Work(launch.kernel.metadata.name.removesuffix("_kernel"), programs=launch.programs)
     loads, stores = accesses(launch.kernel.asm["ttir"])
     for name, x in launch.arguments.items():
         if not isinstance(x, Tensor):
@@ -276,7 +285,8 @@ def print_tables(entries: list[dict]) -> None:
     console.print(kernels)
     console.print(
         f"Predicted: each kernel takes the longer of its bytes and its operations at the published peaks, plus "
-        f"{LAUNCH_SECONDS * 1e6:g} us a launch. No card was at hand; real products reach a part of the peak."
+        f"{LAUNCH_SECONDS * 1e6:g} us a launch; one of few programs has the share of its multiprocessors. "
+        "The peers are their products in one launch. No card was at hand; real products reach a part of the peak."
     )
 
 

@@ -5,6 +5,7 @@ constants, warps and order.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ class Launch(NamedTuple):
 
     kernel: Any  # triton.compiler.CompiledKernel
     arguments: dict[str, Any]
+    programs: int
 
 
 @contextlib.contextmanager
@@ -27,7 +29,8 @@ def compiling(arch: int, see: Callable[[Launch], None]) -> Iterator[None]:
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         named = dict(zip(self.arg_names, args, strict=False))
-        see(Launch(kernel, {**named, **{name: x for name, x in kwargs.items() if name in self.arg_names}}))
+        named |= {name: x for name, x in kwargs.items() if name in self.arg_names}
+        see(Launch(kernel, named, math.prod(grid)))
         return kernel
 
     JITFunction.run = compile_only

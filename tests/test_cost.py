@@ -58,10 +58,12 @@ def test_eager_moves_more():
 
 
 def test_prediction_is_the_longer_of_bytes_and_operations():
-    device = cost.Device(bandwidth=10.0, fp32=100.0, bf16=1000.0, source="")
+    device = cost.Device(processors=4, bandwidth=10.0, fp32=100.0, bf16=1000.0, source="")
     work = [cost.Work("a", read=20, written=10, flops=100), cost.Work("b", flops=1000, count=2)]
     assert cost.predict(work, device, "fp32") == pytest.approx(3 + 10 + 3 * cost.LAUNCH_SECONDS)
     assert cost.predict(work, device, "bf16") == pytest.approx(3 + 1 + 3 * cost.LAUNCH_SECONDS)
+    alone = [cost.Work("c", read=10, programs=1), cost.Work("d", read=10, programs=8)]
+    assert cost.predict(alone, device, "fp32") == pytest.approx(4 + 1 + 2 * cost.LAUNCH_SECONDS)
 
 
 def test_accesses_are_read_from_the_code():

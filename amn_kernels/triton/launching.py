@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import triton
 from torch import Tensor
-from triton.runtime import driver
 
 
 class Tile(NamedTuple):
@@ -37,12 +36,7 @@ def row_tile(dim: int) -> Tile:
 
 
 def logits_tile(keys: int) -> Tile:
-    """Of kernels along the K similarities of a row: 8 a thread; with 16, ids and a guide leave a third of the warps."""
-    return tile(keys, most_cols=1024, elements=1024, warps=4)
-
-
-def pairs_tile(keys: int) -> Tile:
-    """Of kernels along similarities that also look at ids, guide and columns: 4 a thread, one wide load of each."""
+    """Of kernels along the K similarities of a row: one wide load a thread; more leave registers for few warps."""
     return tile(keys, most_cols=1024, elements=1024, warps=8)
 
 
@@ -55,18 +49,6 @@ columns would be 192 registers."""
 
 FLAT_TILE = Tile(rows=1, cols=128, warps=4)
 """Of kernels over numbers per row or per column: one a thread, as these are float64, and few beside the rows."""
-
-
-def half_occupancy() -> int:
-    """Registers of a thread with which half of the warps of a multiprocessor are resident.
-
-    A limit for kernels that the compiler would give a few more. sm_120 holds 48 warps, the others 64.
-    """
-    try:
-        arch = driver.active.get_current_target().arch
-    except RuntimeError:  # without a device nothing is compiled, only counted
-        arch = 0
-    return 80 if arch >= 120 else 64
 
 
 def launch(kernel, programs: int, *arguments, warps: int, **constants) -> None:

@@ -23,10 +23,8 @@ from amn_kernels.triton.launching import (
     COLUMN_TILE,
     FLAT_TILE,
     MOMENT_TILE,
-    half_occupancy,
     launch,
     logits_tile,
-    pairs_tile,
     row_tile,
     strides,
 )
@@ -92,7 +90,6 @@ class TritonPrimitives:
             BLOCK_M=tile.rows,
             BLOCK_K=tile.cols,
             warps=tile.warps,
-            maxnreg=half_occupancy(),
         )
 
     def softmax_stats_(  # noqa: D102
@@ -100,7 +97,7 @@ class TritonPrimitives:
     ) -> None:
         groups, size = _groups(logits)
         tensors, sizes, pair_strides = _pairs(pairs)
-        tile = pairs_tile(logits.shape[-1])
+        tile = logits_tile(logits.shape[-1])
         launch(
             softmax_stats_kernel,
             groups * triton.cdiv(size, tile.rows),
@@ -111,7 +108,6 @@ class TritonPrimitives:
             BLOCK_M=tile.rows,
             BLOCK_K=tile.cols,
             warps=tile.warps,
-            maxnreg=half_occupancy(),
         )
 
     def softmax_cols(self, logits, sums, pairs: Pairs, form: Form) -> None:  # noqa: D102
@@ -144,7 +140,7 @@ class TritonPrimitives:
     ) -> None:
         groups, size = _groups(logits)
         tensors, sizes, pair_strides = _pairs(pairs)
-        tile = pairs_tile(logits.shape[-1])
+        tile = logits_tile(logits.shape[-1])
         col_keys = cols.shape[-1]
         launch(
             softmax_weights_kernel,
@@ -160,7 +156,6 @@ class TritonPrimitives:
             BLOCK_M=tile.rows,
             BLOCK_K=tile.cols,
             warps=tile.warps,
-            maxnreg=half_occupancy(),
         )
 
     def row_dots(self, pred, target, attention, rows, held: Attention, form: Form, tau: Temperature) -> None:  # noqa: D102
@@ -204,6 +199,7 @@ class TritonPrimitives:
             *(parts, counted, moments, count, splits + 1, dim),
             BLOCK=FLAT_TILE.cols,
             warps=FLAT_TILE.warps,
+            maxnreg=64,  # left to itself, the assembler stops at 32 for sm_100 and spills 8 bytes
         )
 
     def col_terms(self, moments, count, gamma: float, columns, values) -> None:  # noqa: D102
@@ -281,7 +277,7 @@ class TritonPrimitives:
             **places,
             BLOCK_M=tile.rows,
             BLOCK_D=tile.cols,
-            warps=tile.warps,
+            warps=2 * tile.warps if has_columns else tile.warps,
         )
 
     def mirror_rows(self, rows, mirrored) -> None:  # noqa: D102

@@ -32,20 +32,20 @@ STATE = ("mean", "updates", "calls", "skipped", "lambdas", "most")
 
 
 class Tile(NamedTuple):
-    """Dimensions that a program has in registers at a time, by the rows of a group, and its warps and stages."""
+    """Dimensions that a program has in registers at a time, by the rows of a group, and how it is compiled."""
 
     dims: int
     warps: int
     stages: int
+    registers: int | None = None
+    """Most registers of a thread; None: the assembler chooses."""
 
-
-MOST_REGISTERS = 255
-"""Of a thread. Left to itself, the assembler stops at 128 for sm_120 and spills a few bytes."""
 
 # Registers decide: more dimensions at a time spill, and so does a similarity tile over fewer warps. The check of the
-# compiled kernels prints both; which of those that fit is fastest is not measured.
+# compiled kernels prints both; which of those that fit is fastest is not measured. Left to itself, the assembler stops
+# at 128 registers for small tiles of float32 on sm_120, and spills a few bytes.
 _HALF = {16: Tile(64, 4, 2), 32: Tile(64, 4, 2), 64: Tile(64, 8, 2), 128: Tile(32, 8, 2)}
-_SINGLE = {16: Tile(32, 4, 2), 32: Tile(32, 4, 2), 64: Tile(32, 8, 2), 128: Tile(16, 8, 1)}
+_SINGLE = {16: Tile(32, 4, 2, 255), 32: Tile(32, 4, 2, 255), 64: Tile(16, 8, 2, 255), 128: Tile(16, 8, 1)}
 
 
 def why_unsupported(call: Call) -> str | None:
@@ -141,7 +141,7 @@ def forward(
             small_groups_kernel, groups, p, t, mask, ids, rows, attention, partial, *outputs, *numbers, size, dim,
             groups, update_every, *strides(p), *strides(t), *_strides(mask), *_strides(ids), **what,
             ATTENDS=attention.numel() > 0, BOTH=both, ONE_GROUP=groups == 1, BLOCK_M=block, BLOCK_D=tile.dims,
-            warps=tile.warps, num_stages=tile.stages, maxnreg=MOST_REGISTERS,
+            warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
         if groups > 1:
             launch(

@@ -17,8 +17,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REDUCED = ((80, "bf16"), (90, "bf16"), (90, "fp32"), (100, "fp16"), (120, "fp32"))
 """Every architecture and every dtype, not every pair."""
 
-FEW_WARPS = ("small_groups_kernel", "col_stats_kernel", "softmax_cols_kernel")
-"""Kernels that live on registers: a tile of similarities, float64 sums a column. The others need occupancy."""
+FEW_WARPS = (
+    "small_groups_kernel", "col_stats_kernel", "softmax_cols_kernel", "softmax_stats_kernel", "softmax_weights_kernel",
+)  # fmt: skip
+"""Kernels that live on registers: a tile of similarities, float64 sums a column, the softmax of the general form
+with ids, guide and columns of every key. The others, all that a plain step launches, need occupancy."""
 ROWS = ("pred", "logits")
 """Names of arguments whose rows must be loaded 128 bits at a time ..."""
 NARROW = ("col_stats_kernel", "col_dots_kernel")
