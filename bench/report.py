@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -88,6 +89,15 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def _document(parts: Iterable[str]) -> str:
+    """Paragraphs, broken into lines, and tables as they are."""
+    broken = (
+        part if "\n" in part or part.startswith("!") else textwrap.fill(part, 120, break_on_hyphens=False)
+        for part in parts
+    )
+    return "\n\n".join(broken)
+
+
 def _machine(of: dict) -> str:
     threads = "one thread" if of["threads"] == 1 else f"{of['threads']} threads"
     return f"CPU with {of['cores']} cores and {of['isa'].upper()}, {threads}, {of['clock']}, torch {of['torch']}"
@@ -135,7 +145,7 @@ def terms_section(result: dict) -> str:
             ([t, *(f"{found[t, d]['fused']:.1e} ({found[t, d]['eager']:.1e})" for d in distances)] for t in terms),
         )
     )
-    return "\n\n".join(parts)
+    return _document(parts)
 
 
 def _peers_of(cells: list[dict]) -> list[str]:
@@ -170,17 +180,17 @@ def peers_section(result: dict) -> str:
             parts.append(f"{name}: {why}.")
     parts.append(_losses(cells))
     parts.append(_memory(result))
-    return "\n\n".join(part for part in parts if part)
+    return _document(part for part in parts if part)
 
 
 def _noise(cells: list[dict]) -> str:
-    spread = [(r["quartiles"][1] - r["quartiles"][0]) / r["ratio"] for c in cells for r in c["contenders"].values()]
+    rivals = [r for c in cells for name, r in c["contenders"].items() if name != "fused"]
+    spread = sorted((r["quartiles"][1] - r["quartiles"][0]) / r["ratio"] for r in rivals)
     load = [c["load"] for c in cells]
-    spread.sort()
+    middle, most = spread[len(spread) // 2], spread[9 * len(spread) // 10]
     return (
-        f"The machine was shared (load average {min(load):.1f} to {max(load):.1f}): half of the turns lie within "
-        f"{spread[len(spread) // 2]:.0%} of each other in the middle cell, within {spread[9 * len(spread) // 10]:.0%} "
-        "in nine of ten."
+        f"The machine was shared (load average {min(load):.1f} to {max(load):.1f}): from quartile to quartile of the "
+        f"turns it is {middle:.0%} of the ratio in the middle comparison, at most {most:.0%} in nine of ten."
     )
 
 
@@ -239,6 +249,7 @@ def draw(result: dict) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     cells = [c for c in result["times"] if c["contest"] == "pred_to_target" and c["dim"] == DIM and c["dtype"] == DTYPE]
@@ -258,8 +269,11 @@ def draw(result: dict) -> None:
     axes[1].set_ylabel("extra peak memory, MiB")
     for axis in axes:
         axis.set(xscale="log", yscale="log", xlabel="rows")
-        axis.grid(alpha=0.3, which="both")
-    axes[0].legend(fontsize=7)
+        axis.xaxis.set_minor_locator(ticker.NullLocator())
+        axis.xaxis.set_major_locator(ticker.FixedLocator([2**k for k in range(5, 16)]))
+        axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda rows, _: f"{rows:,.0f}"))
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7, loc="lower right")
     figure.suptitle(f"InfoNCE, pred to target, D = {DIM}, {DTYPE}", fontsize=10)
     figure.tight_layout()
     figure.savefig(ROOT / "docs/bench-peers.png", dpi=130)

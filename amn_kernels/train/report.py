@@ -86,7 +86,7 @@ def render(results: dict, rows: list[Row]) -> str:
         loader=PackageLoader("amn_kernels.train", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     models = list(dict.fromkeys(row.model for row in rows))
-    return environment.get_template(TEMPLATE).render(
+    html = environment.get_template(TEMPLATE).render(
         rows=rows,
         goals=find_goals(rows),
         models={model: [row for row in rows if row.model == model] for model in models},
@@ -99,6 +99,7 @@ def render(results: dict, rows: list[Row]) -> str:
         options=results["runs"][0]["options"],
         varying={"model", "seed", "residual", "epochs", "lambda_mse", "lambda_info", "weighting", "lr", "batch_size"},
     )
+    return _share_styles(html)
 
 
 def overview_charts(results: dict, rows: list[Row]) -> list[Chart]:
@@ -148,6 +149,18 @@ def _inline(svg: str, title: str) -> str:
     # A hundredth of a point is nothing to see.
     svg = re.sub(r"<[^>]*>", lambda tag: LONG_NUMBER.sub(lambda number: f"{float(number[0]):.2f}", tag[0]), svg)
     return re.sub(r"\n\s*", "\n", svg)
+
+
+def _share_styles(html: str) -> str:
+    """The page with the styles of its drawings as classes: they are few, and most of a drawing."""
+    names: dict[str, str] = {}
+
+    def as_class(style: re.Match) -> str:
+        return f'class="{names.setdefault(style[1], f"s{len(names)}")}"'
+
+    html = re.sub(r"<svg.*?</svg>", lambda svg: re.sub(r'style="([^"]*)"', as_class, svg[0]), html, flags=re.DOTALL)
+    rules = "\n".join(f".{name} {{ {style} }}" for style, name in names.items())
+    return html.replace("</head>", f"<style>\n{rules}\n</style>\n</head>", 1)
 
 
 def _curves(axes: Axes, histories: dict[str, list[list[dict]]], key: str, reference: float | None) -> None:

@@ -1,0 +1,62 @@
+"""What the benchmarks rest on: equality before timing, turns, fits, a README that shows the files and nothing else."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("bench.contests", reason="the peers extra and open_clip_torch are not installed")
+
+from bench import contests, report, timing
+
+
+def test_equality_notices_another_temperature():
+    """Each contender of a contest computes what the fused loss does; one that does not is named."""
+    contest = contests.CONTESTS["both"]
+    pred, target = contests.make_inputs(17, 8, torch.float32, contest.target_learns)
+    losses = {name: loss for name, loss in contest.contenders(17).items() if "compile" not in name}
+    assert max(contests.check_equal(losses, pred, target).values()) <= 1e-4
+    losses["colder"] = contests.peers.clip(contests.TEMPERATURE * 1.01)
+    with pytest.raises(AssertionError, match="colder"):
+        contests.check_equal(losses, pred, target)
+
+
+def test_exponent_of_a_power_law():
+    """Only the larger half counts: a fixed cost at small sizes does not bend the fit."""
+    assert report.exponent({2**k: 7.0 * 4**k for k in range(5, 12)}) == pytest.approx(2)
+    assert report.exponent({32: 1.0, 64: 1.0, 1024: 1.0, 2048: 4.0, 4096: 16.0}) == pytest.approx(2)
+    assert report.exponent({32: 1.0}) is None
+
+
+def test_turns(monkeypatch):
+    """All take part in every round, but a long one only in the first; a turn is several calls of a short one."""
+    now, calls = [0.0], []
+    monkeypatch.setattr(timing, "_clock", lambda: now[0])
+
+    def contender(name, seconds):
+        def run():
+            calls.append(name)
+            now[0] += seconds
+
+        return run
+
+    runs = {"base": contender("base", 0.001), "other": contender("other", 0.002), "slow": contender("slow", 0.1)}
+    times = timing.interleaved(runs, seconds=0.5, least=2)
+    rounds = len(times["base"])
+    assert len(times["other"]) == rounds > len(times["slow"]) == 2
+    assert calls.count("base") == 2 + 5 * rounds  # 2 to warm up and to see how long a call takes; turns of 5 ms
+    result = timing.summary(times, "base")
+    assert {name: round(r["ratio"]) for name, r in result.items()} == {"base": 1, "other": 2, "slow": 100}
+    assert result["other"]["seconds"] == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "section"),
+    [("terms", report.TERMS, report.terms_section), ("peers", report.PEERS, report.peers_section)],
+)
+def test_readme_shows_the_files(name, file, section):
+    if not file.exists():
+        pytest.skip(f"{file.name} is not there: nothing was measured")
+    text = report.README.read_text()
+    shown = text.split(f"<!-- bench:{name} -->")[1].split("<!-- /bench -->")[0]
+    assert shown.strip() == section(json.loads(file.read_text())).strip()
