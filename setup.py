@@ -84,6 +84,7 @@ def compiled() -> dict:
         "amn_kernels._C",
         [str(source) for source in sources],
         include_dirs=[str(ROOT / "csrc")],
+        define_macros=[("AMN_CUDA", None)] if cuda else [],
         extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20"]} if cuda else {"cxx": flags},
         py_limited_api=True,
     )

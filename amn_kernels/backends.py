@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from amn_kernels import ops, reference, triton
 from amn_kernels.options import FUSED_TERMS, LossOptions, shown
 from amn_kernels.stats import TermOutputs
+from amn_kernels.weighting import BalancedWeighting
 
 ENVIRONMENT = "AMN_KERNELS_BACKEND"
 
@@ -77,8 +78,8 @@ def _run_over_ranks(call: Call) -> Outcome:
 _UNFUSED = f"terms other than {', '.join(FUSED_TERMS)} are not fused"
 
 
-def _cpu_unsupported(call: Call) -> str | None:
-    if call.pred.device.type != "cpu":
+def _compiled_unsupported(call: Call, device: str) -> str | None:
+    if call.pred.device.type != device:
         return f"pred is on {call.pred.device}"
     if not call.options.fused:
         return _UNFUSED
@@ -89,19 +90,25 @@ def _cpu_unsupported(call: Call) -> str | None:
     return None
 
 
-def _cpu_run(call: Call) -> Outcome:
+def _cpu_unsupported(call: Call) -> str | None:
+    return _compiled_unsupported(call, "cpu")
+
+
+def _cuda_unsupported(call: Call) -> str | None:
+    if call.options.over_ranks:
+        return "a batch over ranks goes through Python: backend 'triton'"
+    return _compiled_unsupported(call, "cuda")
+
+
+def _compiled_run(call: Call) -> Outcome:
+    """One call of the compiled op, balance of the weights included."""
     if call.options.over_ranks:
         return _run_over_ranks(call)
-    loss, outputs = ops.seq_loss(
-        call.pred,
-        call.target,
-        call.options,
-        call.weights,
-        call.temperature,
-        call.mask,
-        call.extra_negatives,
-        call.ids,
-    )
+    inputs = (call.temperature, call.mask, call.extra_negatives, call.ids)
+    if isinstance(call.weighting, BalancedWeighting):
+        state = call.weighting.arguments(call.pred.device)
+        return Outcome(*ops.seq_loss_balanced(call.pred, call.target, call.options, state, *inputs))
+    loss, outputs = ops.seq_loss(call.pred, call.target, call.options, call.weights, *inputs)
     return Outcome(loss, outputs, call.weights) if call.weighting is None else weighted(call, outputs)
 
 
@@ -164,7 +171,8 @@ def _reference_run(call: Call) -> Outcome:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("cpu", "C++, fused, vectorised, threaded", ops.why_unavailable, _cpu_unsupported, _cpu_run),
+        Backend("cpu", "C++, fused, vectorised, threaded", ops.why_unavailable, _cpu_unsupported, _compiled_run),
+        Backend("cuda", "CUDA C++ kernels", ops.why_no_cuda, _cuda_unsupported, _compiled_run),
         Backend("triton", "Triton kernels on CUDA devices", triton.why_unavailable, _triton_unsupported, _triton_run),
         Backend(
             "reference", "plain PyTorch, any device, any option", lambda: None, _reference_unsupported, _reference_run
@@ -250,4 +258,6 @@ def info() -> str:
         except ValueError as error:
             lines.append(f"  {what:<24} none: {error}")
     lines += ["  double backward          reference", "  torch.func transforms    reference"]
+    on_cuda = [name for name in ("cuda", "triton", "reference") if not BACKENDS[name].why_unavailable()]
+    lines += ["", f"On CUDA devices, best first: {', '.join(on_cuda)}"]
     return "\n".join(lines)

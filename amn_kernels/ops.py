@@ -39,13 +39,24 @@ def why_unavailable() -> str | None:
     return None if _C is not None else f"the compiled extension did not load ({_LOAD_ERROR})"
 
 
+def why_no_cuda() -> str | None:
+    """Why the compiled CUDA kernels can't be used, or None if they can."""
+    if reason := why_unavailable():
+        return reason
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("amn_kernels::_seq_loss_forward", "CUDA"):
+        return "the extension was built without CUDA sources (AMN_CUDA=1 needs nvcc and a CUDA build of torch)"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device, or its driver does not load"
+    return None
+
+
 def cpu_isa() -> str:
     """Instruction set of the CPU kernels on this machine: baseline, avx2 or avx512 (see AMN_CPU_ISA)."""
     return torch.ops.amn_kernels._cpu_isa()
 
 
 _TERM_IDS = {term: index for index, term in enumerate(FUSED_TERMS)}
-NEGATIVES = {"all": 0, "step": 1, "sequence": 2}  # enum Negatives in csrc/seq_loss.cpp, as the next
+NEGATIVES = {"all": 0, "step": 1, "sequence": 2}  # enum Negatives in csrc/seq_loss.h, as the next
 _NEEDS_PRED, _NEEDS_TARGET, _NEEDS_EXTRA, _NEEDS_TEMPERATURE = 1, 2, 4, 8  # enum Needs
 
 
@@ -60,7 +71,7 @@ def seq_loss(
     ids: Tensor | None = None,  # [N] or [B, T]
 ) -> tuple[Tensor, TermOutputs]:
     """The fused op: weighted sum and outputs of the terms."""
-    loss, values, gram, metrics = torch.ops.amn_kernels.seq_loss.default(
+    loss, values, gram, metrics = torch.ops.amn_kernels.seq_loss_fixed.default(
         pred,
         target,
         weights,
@@ -69,9 +80,41 @@ def seq_loss(
         extra_negatives,
         temperature,
         *choices_of(options),
-        options.chunk_bytes or DEFAULT_CHUNK_BYTES[options.direction],
+        _chunk_bytes(pred, options),
     )
     return loss, TermOutputs(values, gram if gram.numel() else None, metrics)
+
+
+def seq_loss_balanced(
+    pred: Tensor,  # [N, D] or [B, T, D]
+    target: Tensor,  # same shape
+    options: LossOptions,
+    state_and_options: tuple,
+    temperature: Tensor | None = None,  # [], where it is learned
+    mask: Tensor | None = None,  # [N] or [B, T] bool
+    extra_negatives: Tensor | None = None,  # [K, D]
+    ids: Tensor | None = None,  # [N] or [B, T]
+) -> tuple[Tensor, TermOutputs, Tensor]:
+    """The fused op with balanced weights: weighted sum, outputs of the terms, weights [m].
+
+    `state_and_options` are the arguments of `amn_kernels.reference.balance.balance` from ``mean`` on.
+    """
+    loss, values, gram, metrics, weights = torch.ops.amn_kernels.seq_loss_balanced.default(
+        pred,
+        target,
+        *state_and_options,
+        mask,
+        ids,
+        extra_negatives,
+        temperature,
+        *choices_of(options),
+        _chunk_bytes(pred, options),
+    )
+    return loss, TermOutputs(values, gram if gram.numel() else None, metrics), weights
+
+
+def _chunk_bytes(pred: Tensor, options: LossOptions) -> int:
+    return options.chunk_bytes or DEFAULT_CHUNK_BYTES["cuda" if pred.is_cuda else options.direction]
 
 
 def choices_of(options: LossOptions) -> tuple:
@@ -112,7 +155,7 @@ def balance(
 ) -> Tensor:
     """The compiled twin of `amn_kernels.reference.balance.balance`, with its arguments."""
     observed = values.new_empty(0, 0) if gram is None else gram
-    return torch.ops.amn_kernels._balance.default(values, observed, mean, updates, calls, *constants_and_options)
+    return torch.ops.amn_kernels._balance.default(values, observed, mean, updates, calls, *constants_and_options)[0]
 
 
 _ROW_SCALARS, _PLAIN_ROW_SCALARS, _COLUMNS = 30, 15, 7  # kRowScalars and so on in csrc/row_scalars.h
@@ -204,10 +247,46 @@ def double_backward(ctx, grads):
     return of_values, of_pred, of_target, None, None, of_extra, of_temperature, None, None, None, *of_choices
 
 
+def _forward_fake(pred, target, weights, *rest):
+    outputs = forward_fake(pred, target, *rest)
+    return outputs[0].new_empty([0] if weights is None else []), *outputs
+
+
+def _backward_fake(grad_loss, weights, grad_values, *rest):
+    return backward_fake(grad_values, *rest)
+
+
+def _balance_fake(values, *rest):
+    return balance_fake(values, *rest), values.new_empty([])
+
+
+def _save_for_double_backward(ctx, inputs, output):
+    grad_loss, weights, grad_values, pred, target, mask, ids, extra_negatives, temperature, _, _, _, *choices = inputs
+    ctx.choices = choices
+    ctx.save_for_backward(grad_loss, weights, grad_values, pred, target, mask, ids, extra_negatives, temperature)
+
+
+class _Given:
+    """The context of `double_backward`, for gradients of the values that were given in two parts."""
+
+    def __init__(self, choices, saved_tensors):
+        self.choices, self.saved_tensors = choices, saved_tensors
+
+
+def _double_backward(ctx, grads):
+    grad_loss, weights, grad_values, *saved = ctx.saved_tensors
+    total = grad_values if grad_loss is None else grad_loss * weights
+    if grad_loss is not None and grad_values is not None:
+        total = total + grad_values
+    of_values, *of_rest = double_backward(_Given(ctx.choices, (total, *saved)), grads)
+    of_loss = None if grad_loss is None or of_values is None else torch.dot(of_values, weights)
+    return of_loss, None, None if grad_values is None else of_values, *of_rest
+
+
 if _C is not None:
-    torch.library.register_fake("amn_kernels::_seq_loss_forward", forward_fake)
-    torch.library.register_fake("amn_kernels::_seq_loss_backward", backward_fake)
-    torch.library.register_fake("amn_kernels::_balance", balance_fake)
+    torch.library.register_fake("amn_kernels::_seq_loss_forward", _forward_fake)
+    torch.library.register_fake("amn_kernels::_seq_loss_backward", _backward_fake)
+    torch.library.register_fake("amn_kernels::_balance", _balance_fake)
     torch.library.register_autograd(
-        "amn_kernels::_seq_loss_backward", double_backward, setup_context=save_for_double_backward
+        "amn_kernels::_seq_loss_backward", _double_backward, setup_context=_save_for_double_backward
     )

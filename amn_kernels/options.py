@@ -14,8 +14,8 @@ FUSED_TERMS = ("mse", "cosine", "infonce", "moment", "variance")
 TERMS = (*FUSED_TERMS,)
 """All terms, in the order of every per-term tensor and table."""
 
-DEFAULT_CHUNK_BYTES = {"pred_to_target": 8 << 20, "both": 64 << 20}
-"""Scratch memory for similarities on the CPU, by direction; see `LossOptions.chunk_bytes`."""
+DEFAULT_CHUNK_BYTES = {"pred_to_target": 8 << 20, "both": 64 << 20, "cuda": 64 << 20}
+"""Scratch memory for similarities: on the CPU by direction, on a GPU; see `LossOptions.chunk_bytes`."""
 
 _MOST = 1 << 62  # fits an int64 of the compiled code
 
@@ -64,12 +64,13 @@ class LossOptions:
             DistributedDataParallel takes is the gradient of the loss.
         gather_negatives: The targets of all ranks of the group (default: of the default group) are keys, passed around
             in a ring so that no rank holds them all; otherwise those of the own rank. Needs ``negatives="all"``.
-        backend: ``"cpu"``, ``"triton"`` or ``"reference"``; default: the environment variable AMN_KERNELS_BACKEND, else
-            the best one that can do what is asked.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: the environment variable
+            AMN_KERNELS_BACKEND, else the best one, in this order, that can do what is asked.
         chunk_bytes: Scratch memory for similarities, in bytes; default 8 MiB, and 64 MiB for ``direction="both"``,
-            which computes similarities twice if they don't fit; on CUDA 64 and 512 MiB. Taken are at least 64 keys for
-            a chunk of 1,024 rows, and on the CPU with both directions, ``positives="ids"`` or a gradient for keys at
-            least all keys for 64 rows. It never changes the result beyond rounding.
+            which computes similarities twice if they don't fit; with backend "cuda" 64 MiB, with "triton" 64 and 512
+            MiB. Taken are at least 64 keys for a chunk of 1,024 rows, and but for "triton" with both directions,
+            ``positives="ids"`` or a gradient for keys at least all keys for 64 rows. It never changes the result
+            beyond rounding.
         check_finite: Raise on NaN or Inf in a row that counts, instead of returning a NaN loss. Synchronises.
 
     Raises:

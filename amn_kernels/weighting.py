@@ -66,10 +66,15 @@ class BalancedWeighting(nn.Module):
 
         Without a Gram matrix (no gradients were asked for), gradient weights come from the state as it is.
         """
-        self.check_device(values.device)
-        return _step_for(values.device)(
-            values,
-            gram,
+        return _step_for(values.device)(values, gram, *self.arguments(values.device))
+
+    def arguments(self, device: torch.device) -> tuple:
+        """State and options, as `amn_kernels.reference.balance.balance` takes them from ``mean`` on.
+
+        Raises ValueError if the state is not on the device of the call.
+        """
+        self.check_device(device)
+        return (
             self.mean,
             self.updates,
             self.calls,
@@ -113,7 +118,7 @@ class BalancedWeighting(nn.Module):
 
 def _step_for(device: torch.device) -> Callable[..., Tensor]:
     """`amn_kernels.reference.balance.balance`, or its fused twin for the device."""
-    if device.type == "cpu" and ops.why_unavailable() is None:
+    if (ops.why_unavailable() if device.type == "cpu" else ops.why_no_cuda()) is None:
         return ops.balance
     if device.type == "cuda" and triton.why_unavailable() is None:
         from amn_kernels.triton import backend

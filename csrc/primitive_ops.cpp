@@ -1,5 +1,8 @@
-// The primitives as ops, for the same algorithm in Python (amn_kernels/algorithm.py). Arguments: primitives.h.
+// The primitives of a tensor's device; and as ops, for the same algorithm in Python (amn_kernels/algorithm.py).
+// Arguments: primitives.h.
 #include <torch/library.h>
+
+#include <string>
 
 #include "primitives.h"
 
@@ -9,9 +12,9 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-const Primitives& prim = cpu::primitives;
-
-Temperature temperature_of(double number, const OptionalTensor& learned) { return {number, learned.value_or(Tensor())}; }
+Temperature temperature_of(double number, const OptionalTensor& learned) {
+  return {number, learned.value_or(Tensor())};
+}
 
 Pairs pairs_of(
     const OptionalTensor& row_ids, const OptionalTensor& key_ids, const OptionalTensor& guide, double margin) {
@@ -29,15 +32,15 @@ TermList term_list(at::IntArrayRef terms, at::IntArrayRef differentiable) {
 
 void row_stats(
     const Tensor& pred, const Tensor& target, const Tensor& rows, const Tensor& key_scale, bool both, bool by_id) {
-  prim.row_stats(pred, target, rows, key_scale, {both, by_id});
+  primitives_for(pred).row_stats(pred, target, rows, key_scale, /*weight=*/-1, {both, by_id});
 }
 
 void softmax_rows_(
     const Tensor& logits, const Tensor& key_scale, const Tensor& rows, const Tensor& rescale,
     const OptionalTensor& row_ids, const OptionalTensor& key_ids, const OptionalTensor& guide, double margin,
     int64_t own, double temperature, const OptionalTensor& learned) {
-  prim.softmax_rows_(
-      logits, key_scale, rows, rescale, pairs_of(row_ids, key_ids, guide, margin), own,
+  primitives_for(logits).softmax_rows_(
+      logits, key_scale, rows, rescale, /*weights=*/logits, pairs_of(row_ids, key_ids, guide, margin), own,
       temperature_of(temperature, learned));
 }
 
@@ -45,7 +48,7 @@ void softmax_stats_(
     const Tensor& logits, const Tensor& key_scale, const Tensor& rows, const OptionalTensor& row_ids,
     const OptionalTensor& key_ids, const OptionalTensor& guide, double margin, bool both, bool by_id, int64_t own,
     double temperature, const OptionalTensor& learned) {
-  prim.softmax_stats_(
+  primitives_for(logits).softmax_stats_(
       logits, key_scale, rows, pairs_of(row_ids, key_ids, guide, margin), {both, by_id}, own,
       temperature_of(temperature, learned));
 }
@@ -53,18 +56,18 @@ void softmax_stats_(
 void softmax_cols(
     const Tensor& logits, const Tensor& key_rows, const OptionalTensor& row_ids, const OptionalTensor& key_ids,
     bool both, bool by_id) {
-  prim.softmax_cols(logits, key_rows, pairs_of(row_ids, key_ids, std::nullopt, -1), {both, by_id});
+  primitives_for(logits).softmax_cols(logits, key_rows, pairs_of(row_ids, key_ids, std::nullopt, -1), {both, by_id});
 }
 
 void col_factors(const Tensor& key_rows, const Tensor& cols, double temperature, const OptionalTensor& learned) {
-  prim.col_factors(key_rows, cols, temperature_of(temperature, learned));
+  primitives_for(key_rows).col_factors(key_rows, cols, temperature_of(temperature, learned));
 }
 
 void softmax_weights_(
     const Tensor& logits, const Tensor& key_scale, const Tensor& rows, const Tensor& cols,
     const OptionalTensor& row_ids, const OptionalTensor& key_ids, const OptionalTensor& guide, double margin,
     bool both, bool by_id, int64_t own, bool raw, double temperature, const OptionalTensor& learned) {
-  prim.softmax_weights_(
+  primitives_for(logits).softmax_weights_(
       logits, key_scale, rows, cols, pairs_of(row_ids, key_ids, guide, margin), {both, by_id}, own, raw,
       temperature_of(temperature, learned));
 }
@@ -72,7 +75,7 @@ void softmax_weights_(
 void row_dots(
     const Tensor& pred, const Tensor& target, const Tensor& attention, const Tensor& rows, int64_t held, bool both,
     bool by_id, double temperature, const OptionalTensor& learned) {
-  prim.row_dots(
+  primitives_for(pred).row_dots(
       pred, target, attention, rows, static_cast<Attention>(held), {both, by_id}, temperature_of(temperature, learned));
 }
 
@@ -80,17 +83,17 @@ void term_sums(
     const Tensor& rows, const Tensor& col_values, at::IntArrayRef terms, at::IntArrayRef differentiable, bool both,
     bool by_id, int64_t dim, double temperature, const OptionalTensor& learned, const Tensor& values,
     const Tensor& gram, const Tensor& metrics) {
-  prim.term_sums(
+  primitives_for(rows).term_sums(
       rows, col_values, term_list(terms, differentiable), {both, by_id}, dim, temperature_of(temperature, learned),
-      values, gram, metrics);
+      Tensor(), values, gram, metrics, Tensor());
 }
 
 void row_combine(
     const Tensor& grad_values, const Tensor& pred, const Tensor& target, const Tensor& attention,
     const Tensor& columns, const Tensor& rows, at::IntArrayRef terms, at::IntArrayRef differentiable,
     double temperature, const OptionalTensor& learned, const Tensor& grad) {
-  prim.row_combine(
-      grad_values, pred, target, attention, columns, rows, term_list(terms, differentiable),
+  primitives_for(pred).row_combine(
+      {Tensor(), Tensor(), grad_values}, pred, target, attention, columns, rows, term_list(terms, differentiable),
       temperature_of(temperature, learned), grad);
 }
 
@@ -127,7 +130,7 @@ TORCH_LIBRARY_FRAGMENT(amn_kernels, m) {
   m.def("_mirror_columns(Tensor columns, Tensor(a!) mirrored) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(amn_kernels, CPU, m) {
+void register_for(torch::Library& m, const Primitives& prim) {
   m.impl("_row_stats", row_stats);
   m.impl("_softmax_rows_", softmax_rows_);
   m.impl("_softmax_stats_", softmax_stats_);
@@ -144,5 +147,23 @@ TORCH_LIBRARY_IMPL(amn_kernels, CPU, m) {
   m.impl("_mirror_columns", prim.mirror_columns);
 }
 
+TORCH_LIBRARY_IMPL(amn_kernels, CPU, m) { register_for(m, cpu::primitives); }
+#ifdef AMN_CUDA
+TORCH_LIBRARY_IMPL(amn_kernels, CUDA, m) { register_for(m, cuda::primitives); }
+#endif
+
+TORCH_LIBRARY_IMPL(amn_kernels, CompositeImplicitAutograd, m) {
+  m.impl("_cpu_isa", [] { return std::string(cpu::isa()); });
+}
+
 }  // namespace
+
+const Primitives& primitives_for(const Tensor& x) {
+#ifdef AMN_CUDA
+  if (x.is_cuda()) return cuda::primitives;
+#endif
+  TORCH_CHECK(x.device().is_cpu(), "amn_kernels: no compiled primitives for device ", x.device());
+  return cpu::primitives;
+}
+
 }  // namespace amn

@@ -29,7 +29,17 @@ struct Pairs {
   double margin;
 };
 
+// The gradients that reach the values of the terms: grad_loss weights + grad_values. Either may be undefined.
+struct Incoming {
+  at::Tensor grad_loss;    // [] real
+  at::Tensor weights;      // [m] real, with grad_loss
+  at::Tensor grad_values;  // [m] real
+};
+
 struct Primitives {
+  // Pred, target and gradient may have any floating dtype, each its own; else they are `real`.
+  bool any_dtype;
+
   // Called with a fresh tensor that is about to be written whole.
   void (*prepare)(const at::Tensor& fresh);
 
@@ -40,16 +50,19 @@ struct Primitives {
       const at::Tensor& target,      // [M, D] real, the same
       const at::Tensor& rows,        // [kRowScalars, M]
       const at::Tensor& key_scale,   // [M] real, out: 1/|t|, or -1 for a masked row: no key
+      double weight,                 // > 0: kWeight of every row, filled too; else kWeight is given
       const InfonceForm& form);
 
   // The plain softmax, of which blocks merge. In place: logits hold p_i.k_j on entry and exp(s_ij - max_i)/|k_j| on
   // return, 0 for the own key and for keys left out. Merges the block into kMax, kOthers, kKeys; what was summed with
-  // the former maximum must be multiplied by `rescale`.
+  // the former maximum must be multiplied by `rescale`. What the logits would hold on return may go to `weights` of
+  // 16 bits instead, multiplied by |t_i|: Attention::kScaled.
   void (*softmax_rows_)(
       const at::Tensor& logits,     // [G, C, K] real
       const at::Tensor& key_scale,  // [G, K] real: 1/|k_j|, negative for no key
       const at::Tensor& rows,       // [kRowScalars, G C]
       const at::Tensor& rescale,    // [G C, 1] real, out; or [0, 1] for the only block
+      const at::Tensor& weights,    // the logits themselves, or [G, C, K] of 16 bits, out
       const Pairs& pairs,           // no positives by id here
       int64_t own,                  // the own key of row i of a group is in column own + i, if that is one of the K
       const Temperature& temperature);
@@ -89,7 +102,7 @@ struct Primitives {
       const at::Tensor& logits,     // [G, C, K] real
       const at::Tensor& key_scale,  // [G, K] real
       const at::Tensor& rows,       // [kRowScalars, G C], complete
-      const at::Tensor& cols,       // [2, G, K'] real, K' <= K: further keys have no column; [2, G, 0] for one direction
+      const at::Tensor& cols,       // [2, G, K'] real, K' <= K: further keys have no column; or [2, G, 0]: one direction
       const Pairs& pairs,
       const InfonceForm& form,
       int64_t own,
@@ -139,15 +152,17 @@ struct Primitives {
       const InfonceForm& form,
       int64_t dim,
       const Temperature& temperature,
+      const at::Tensor& weights,     // [m] real; undefined without a loss
       const at::Tensor& values,      // [m] real, out
       const at::Tensor& gram,        // [m, m] real or [0, 0], out
-      const at::Tensor& metrics);    // [kMetrics] real, out
+      const at::Tensor& metrics,     // [kMetrics] real, out
+      const at::Tensor& loss);       // [] real, out: weights.values; or undefined
 
   // grad = a p + b d + c o with per-row a, b, c from the incoming gradients of the values, and the columns' part;
   // where the norms of p and t are so different that d would lose the smaller vector, the cosine's part is given by p
   // and t. 0 for a masked row, which is not read.
   void (*row_combine)(
-      const at::Tensor& grad_values,  // [m] real
+      const Incoming& incoming,
       const at::Tensor& pred,         // [M, D] real
       const at::Tensor& target,       // [M, D] real
       const at::Tensor& attention,    // [M, D] real, or [0, D] without infonce
@@ -156,6 +171,14 @@ struct Primitives {
       const TermList& terms,
       const Temperature& temperature,
       const at::Tensor& grad);        // [M, D] real, out
+
+  // grad = -sum over the rows of weight/|p| p.o / temperature^2, times what arrives at InfoNCE.
+  void (*temperature_grad)(
+      const Incoming& incoming,
+      const at::Tensor& rows,         // [kRowScalars, N]
+      const TermList& terms,
+      const Temperature& temperature,
+      const at::Tensor& grad);        // [] in the dtype of the temperature, out
 
   // The rows with pred and target exchanged, so that row_dots and row_combine give the gradient of the target.
   void (*mirror_rows)(
@@ -178,16 +201,24 @@ struct Primitives {
       const at::Tensor& lambdas,  // [m] float64
       const at::Tensor& most,     // [m] float32: the largest weight / lambda
       const BalanceOptions& options,
-      const at::Tensor& weights);  // [m] real, out
+      const at::Tensor& weights,  // [m] real, out
+      const at::Tensor& loss);    // [] real, out: weights.values
 };
+
+// Those of the device of x; an error without any.
+const Primitives& primitives_for(const at::Tensor& x);
 
 namespace cpu {
 extern const Primitives primitives;
 void balance(
     const at::Tensor& values, const at::Tensor& gram, const at::Tensor& mean, const at::Tensor& updates,
     const at::Tensor& calls, const at::Tensor& skipped, const at::Tensor& lambdas, const at::Tensor& most,
-    const BalanceOptions& options, const at::Tensor& weights);
+    const BalanceOptions& options, const at::Tensor& weights, const at::Tensor& loss);
 const char* isa();  // the instruction set that run-time dispatch chose
 }  // namespace cpu
+
+namespace cuda {
+extern const Primitives primitives;  // where csrc/cuda was compiled: AMN_CUDA is defined
+}  // namespace cuda
 
 }  // namespace amn

@@ -1,4 +1,5 @@
-// What the primitives share with their kernels: the numbers per row and per column, the terms, and options. Free of torch.
+// What the primitives share with their kernels: the numbers per row and per column, the terms, and options. Free of
+// torch.
 #pragma once
 
 #include <cstdint>

@@ -40,10 +40,12 @@ def in_cpp(options, inputs, needs):
     choices = ops.choices_of(options)
     given = [inputs.get(name) for name in ("pred", "target", "mask", "ids", "extra_negatives", "temperature")]
     chunk_bytes = options.chunk_bytes or DEFAULT_CHUNK_BYTES[options.direction]
-    *outputs, rows, attention, columns = torch.ops.amn_kernels._seq_loss_forward(*given, *choices, chunk_bytes, bits)
+    _, *outputs, rows, attention, columns = torch.ops.amn_kernels._seq_loss_forward(
+        *given[:2], None, *given[2:], *choices, chunk_bytes, bits
+    )
     incoming = torch.linspace(0.5, 1.5, len(options.terms), dtype=outputs[0].dtype)
     gradients = torch.ops.amn_kernels._seq_loss_backward(
-        incoming, *given, rows, attention, columns, *choices, bits
+        None, None, incoming, *given, rows, attention, columns, *choices, bits
     )  # fmt: skip
     return outputs, Saved(rows, attention, columns), gradients
 

@@ -248,7 +248,7 @@ def test_op_is_sound(inputs, requires_grad):
     real = torch.float64 if inputs == "float64" else torch.float32
     weights = torch.tensor([1.0, 0.5, 0.25], dtype=real)
     torch.library.opcheck(
-        torch.ops.amn_kernels.seq_loss.default,
+        torch.ops.amn_kernels.seq_loss_fixed.default,
         (pred, target, weights, None, None, None, None, [0, 1, 2], [1], *PLAIN),
     )
 
@@ -258,14 +258,16 @@ def test_op_is_sound(inputs, requires_grad):
 def test_halves_of_the_op_are_sound(inputs, with_gradient):
     pred, target = OPCHECK_INPUTS[inputs]()
     forward = torch.ops.amn_kernels._seq_loss_forward.default
-    arguments = (pred, target, None, None, None, None, [0, 1, 2], [1], *PLAIN, int(with_gradient))
+    arguments = (pred, target, None, None, None, None, None, [0, 1, 2], [1], *PLAIN, int(with_gradient))
     torch.library.opcheck(forward, arguments)
     if with_gradient:
-        values, _, _, *saved = forward(*arguments)
-        torch.library.opcheck(
-            torch.ops.amn_kernels._seq_loss_backward.default,
-            (torch.ones_like(values), pred, target, None, None, None, None, *saved, [0, 1, 2], [1], *PLAIN[:-1], 1),
-        )
+        _, values, _, _, *saved = forward(*arguments)
+        tensors = (pred, target, None, None, None, None, *saved)
+        for incoming in (None, None, torch.ones_like(values)), (values[0], torch.ones_like(values), None):
+            torch.library.opcheck(
+                torch.ops.amn_kernels._seq_loss_backward.default,
+                (*incoming, *tensors, [0, 1, 2], [1], *PLAIN[:-1], 1),
+            )
 
 
 # Temperature, both, negatives, positives by id, margin, variance target, chunk bytes; and what needs a gradient.
@@ -283,15 +285,18 @@ def test_every_input_of_the_op_is_sound(needs, choices):
         x.requires_grad_(bool(needs & (1 << i)))
     tensors = (mask, ids, extra, temperature)
     terms = ([0, 1, 2, 3, 4], [1], *choices)
-    torch.library.opcheck(torch.ops.amn_kernels.seq_loss.default, (pred, target, torch.ones(5), *tensors, *terms))
+    torch.library.opcheck(torch.ops.amn_kernels.seq_loss_fixed.default, (pred, target, torch.ones(5), *tensors, *terms))
     detached = [x.detach() for x in (pred, target, *tensors)]
     forward = torch.ops.amn_kernels._seq_loss_forward.default
-    torch.library.opcheck(forward, (*detached, *terms, needs))
+    pred, target, *tensors = detached
+    arguments = (pred, target, torch.ones(5), *tensors, *terms, needs)
+    torch.library.opcheck(forward, arguments)
     if needs:
-        values, _, _, *saved = forward(*detached, *terms, needs)
+        loss, values, _, _, *saved = forward(*arguments)
+        torch.testing.assert_close(loss, values.sum())
         torch.library.opcheck(
             torch.ops.amn_kernels._seq_loss_backward.default,
-            (torch.ones_like(values), *detached, *saved, [0, 1, 2, 3, 4], [1], *choices[:-1], needs),
+            (loss, torch.ones(5), torch.ones(5), *detached, *saved, [0, 1, 2, 3, 4], [1], *choices[:-1], needs),
         )
 
 

@@ -29,7 +29,7 @@ struct State {
 void balance(
     const at::Tensor& values, const at::Tensor& gram, const at::Tensor& mean, const at::Tensor& updates,
     const at::Tensor& calls, const at::Tensor& skipped, const at::Tensor& lambdas, const at::Tensor& most,
-    const BalanceOptions& options, const at::Tensor& weights) {
+    const BalanceOptions& options, const at::Tensor& weights, const at::Tensor& loss) {
   const int64_t m = values.numel();
   const State state{mean.data_ptr<float>(), updates.data_ptr<int64_t>(), options.decay};
   const double* lambda = lambdas.const_data_ptr<double>();
@@ -56,6 +56,7 @@ void balance(
       }
     }
     const float anchor = state.corrected(options.anchor);
+    double sum = 0;
     for (int64_t i = 0; i < m; ++i) {
       float ratio = 1;
       if (i != options.anchor && state.updates[i] > 0 && state.updates[options.anchor] > 0) {
@@ -68,8 +69,11 @@ void balance(
         }
         ratio = std::min(std::max(ratio, kLeast), most.const_data_ptr<float>()[i]);
       }
-      weights.data_ptr<scalar_t>()[i] = static_cast<scalar_t>(lambda[i] * ratio);
+      const auto weight = static_cast<scalar_t>(lambda[i] * ratio);
+      weights.data_ptr<scalar_t>()[i] = weight;
+      sum += double{weight} * value[i];
     }
+    *loss.data_ptr<scalar_t>() = static_cast<scalar_t>(sum);
   });
 }
 

@@ -158,13 +158,15 @@ KeyPairs<T> pairs_of(const Pairs& pairs, int64_t group, int64_t rows) {
 }
 
 void row_stats(
-    const Tensor& pred, const Tensor& target, const Tensor& rows, const Tensor& key_scale, const InfonceForm& form) {
+    const Tensor& pred, const Tensor& target, const Tensor& rows, const Tensor& key_scale, double weight,
+    const InfonceForm& form) {
   constexpr double kLowest = -std::numeric_limits<double>::infinity();
   AT_DISPATCH_FLOATING_TYPES(pred.scalar_type(), "row_stats", [&] {
     const auto p = const_batch<scalar_t>(pred), t = const_batch<scalar_t>(target);
     const auto scale = vectors_of(key_scale, key_scale.data_ptr<scalar_t>());
     parallel_rows(p.groups, p.rows, p.first.cols, [&](int64_t group, int64_t begin, int64_t end) {
       const Scalars row_scalars = scalars(rows, group * p.rows);
+      if (weight > 0) std::fill_n(&row_scalars.at(kWeight, begin), end - begin, weight);
       kernels<scalar_t>().row_stats(p.of(group), t.of(group), row_scalars, scale.of(group), begin, end);
       for (int64_t i = begin; i < end; ++i) {
         if (form.both) {
@@ -183,8 +185,9 @@ void row_stats(
 }
 
 void softmax_rows_(
-    const Tensor& logits, const Tensor& key_scale, const Tensor& rows, const Tensor& rescale, const Pairs& pairs,
-    int64_t own, const Temperature& temperature) {
+    const Tensor& logits, const Tensor& key_scale, const Tensor& rows, const Tensor& rescale, const Tensor& weights,
+    const Pairs& pairs, int64_t own, const Temperature& temperature) {
+  TORCH_INTERNAL_ASSERT(weights.is_same(logits), "in place only");
   const double tau = value_of(temperature);
   AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "softmax_rows_", [&] {
     const auto s = batch<scalar_t>(logits);
@@ -442,7 +445,8 @@ Sums sum_rows(
 
 void term_sums(
     const Tensor& rows, const Tensor& col_values, const TermList& terms, const InfonceForm& form, int64_t dim,
-    const Temperature& temperature, const Tensor& values, const Tensor& gram, const Tensor& metrics) {
+    const Temperature& temperature, const Tensor& weights, const Tensor& values, const Tensor& gram,
+    const Tensor& metrics, const Tensor& loss) {
   const double tau = value_of(temperature);
   const bool has_gram = gram.numel() > 0;
   AT_DISPATCH_FLOATING_TYPES(values.scalar_type(), "term_sums", [&] {
@@ -464,9 +468,12 @@ void term_sums(
     const double value[kMaxTerms] = {
         sums.diff / dim, sums.one_minus_cos, sums.infonce, columns ? columns[0] : 0.0, columns ? columns[1] : 0.0};
     const double factor[kMaxTerms] = {2.0 / dim, 1, 1 / tau, 1, 1};
+    double weighted = 0;
     for (int64_t i = 0; i < terms.size; ++i) {
       const int64_t term = terms.term[i];
-      values.data_ptr<scalar_t>()[i] = static_cast<scalar_t>(value[term]);
+      const auto rounded = static_cast<scalar_t>(value[term]);
+      values.data_ptr<scalar_t>()[i] = rounded;
+      if (loss.defined()) weighted += double{rounded} * weights.const_data_ptr<scalar_t>()[i];
       for (int64_t j = 0; has_gram && j < terms.size; ++j) {
         const int64_t low = std::min(term, terms.term[j]), high = std::max(term, terms.term[j]);
         const bool wanted = terms.differentiable[i] && terms.differentiable[j];
@@ -474,6 +481,7 @@ void term_sums(
             static_cast<scalar_t>(wanted ? factor[low] * factor[high] * sums.gram[low][high] : 0.0);
       }
     }
+    if (loss.defined()) *loss.data_ptr<scalar_t>() = static_cast<scalar_t>(weighted);
     auto* out = metrics.data_ptr<scalar_t>();
     out[0] = static_cast<scalar_t>(sums.weight - sums.one_minus_cos);
     out[1] = static_cast<scalar_t>(sums.top1);
@@ -483,14 +491,25 @@ void term_sums(
   });
 }
 
+// What arrives at the value of a term; 0 for one that is absent or monitored.
+template <class T>
+double incoming_of(const Incoming& incoming, const TermList& terms, Term term) {
+  if (!terms.sends(term)) return 0;
+  const int64_t i = terms.find(term);
+  T sum = 0;
+  if (incoming.grad_loss.defined()) {
+    sum = *incoming.grad_loss.const_data_ptr<T>() * incoming.weights.const_data_ptr<T>()[i];
+  }
+  if (incoming.grad_values.defined()) sum += incoming.grad_values.const_data_ptr<T>()[i];
+  return sum;
+}
+
 void row_combine(
-    const Tensor& grad_values, const Tensor& pred, const Tensor& target, const Tensor& attention, const Tensor& columns,
+    const Incoming& gradients, const Tensor& pred, const Tensor& target, const Tensor& attention, const Tensor& columns,
     const Tensor& rows, const TermList& terms, const Temperature& temperature, const Tensor& grad) {
   const double tau = value_of(temperature);
   AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "row_combine", [&] {
-    const auto incoming = [&](Term term) {
-      return terms.sends(term) ? double(grad_values.const_data_ptr<scalar_t>()[terms.find(term)]) : 0.0;
-    };
+    const auto incoming = [&](Term term) { return incoming_of<scalar_t>(gradients, terms, term); };
     const Coefficients weights{
         incoming(kMse) * 2 / pred.size(-1), incoming(kCosine), incoming(kInfonce) / tau, incoming(kMoment),
         incoming(kVariance)};
@@ -502,6 +521,19 @@ void row_combine(
           p.of(group), t.of(group), o.empty() ? Matrix<const scalar_t>{} : o.of(group), c.first,
           scalars(rows, group * p.rows), weights, g.of(group), begin, end);
     });
+  });
+}
+
+void temperature_grad(
+    const Incoming& incoming, const Tensor& rows, const TermList& terms, const Temperature& temperature,
+    const Tensor& grad) {
+  const double tau = value_of(temperature);
+  const Scalars of = scalars(rows);
+  double sum = 0;
+  for (int64_t i = 0; i < rows.size(1); ++i) sum += of.at(kWeight, i) * of.at(kInvPred, i) * of.at(kPredAtt, i);
+  const Tensor& given = incoming.grad_loss.defined() ? incoming.grad_loss : incoming.grad_values;
+  AT_DISPATCH_FLOATING_TYPES(given.scalar_type(), "temperature_grad", [&] {
+    grad.fill_(-sum / (tau * tau) * incoming_of<scalar_t>(incoming, terms, kInfonce));
   });
 }
 
@@ -543,8 +575,9 @@ void mirror_columns(const Tensor& columns, const Tensor& mirrored) {
 }  // namespace
 
 const Primitives primitives = {
-    prepare,  row_stats, softmax_rows_, softmax_stats_, softmax_cols, col_factors, softmax_weights_, row_dots,
-    col_stats, col_terms, col_dots,     term_sums,      row_combine,  mirror_rows, mirror_columns,   balance};
+    false,     prepare,   row_stats, softmax_rows_, softmax_stats_, softmax_cols, col_factors,    softmax_weights_,
+    row_dots,  col_stats, col_terms, col_dots,      term_sums,      row_combine,  temperature_grad, mirror_rows,
+    mirror_columns, balance};
 
 const char* isa() {
   switch (current_isa()) {

@@ -1,5 +1,5 @@
-// Numbers and their bits. The one header that needs a twin for the CPU: conversions to and from 16 bits are instructions
-// of the GPU.
+// Numbers and their bits. The one header that needs a twin for the CPU: conversions to and from 16 bits are
+// instructions of the GPU.
 #pragma once
 
 #include <cstdint>

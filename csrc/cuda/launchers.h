@@ -131,7 +131,7 @@ void balance(
     Dtype real, void* weights, void* loss, cudaStream_t stream);
 
 void temperature_grad(
-    const Scalars& rows, int64_t count, const Incoming& incoming, const Temperature& temperature, Dtype real, void* grad,
-    cudaStream_t stream);
+    const Scalars& rows, int64_t count, const Incoming& incoming, const Temperature& temperature, Dtype real,
+    void* grad, cudaStream_t stream);
 
 }  // namespace amn::cuda

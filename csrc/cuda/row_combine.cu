@@ -1,5 +1,5 @@
-// row_combine: the gradient of a row, a p + b d + c o and the columns' part, times what arrives at the values. One pass;
-// the gradient is rounded to the dtype of its tensor once, at the end. Also temperature_grad, a sum over the rows.
+// row_combine: the gradient of a row, a p + b d + c o and the columns' part, times what arrives at the values. One
+// pass; the gradient is rounded to the dtype of its tensor once, at the end. Also temperature_grad, a sum over the rows.
 #include "columns.cuh"
 #include "row_math.cuh"
 #include "team.cuh"
@@ -32,7 +32,8 @@ struct RowFactors {
 };
 
 template <class Real>
-__device__ RowFactors<Real> factors_of(const Incoming& incoming, const Scalars& rows, int64_t i, int64_t dim, double temperature) {
+__device__ RowFactors<Real> factors_of(
+    const Incoming& incoming, const Scalars& rows, int64_t i, int64_t dim, double temperature) {
   const double weight = at(rows, kWeight, i), inv_pred = at(rows, kInvPred, i), inv_target = at(rows, kInvTarget, i);
   const double excess = at(rows, kExcess, i), one_minus_cos = at(rows, kOneMinusCos, i);
   const double cosine = incoming_of<Real>(incoming, kCosine) * weight;
@@ -136,8 +137,8 @@ void row_combine(
 }
 
 void temperature_grad(
-    const Scalars& rows, int64_t count, const Incoming& incoming, const Temperature& temperature, Dtype real, void* grad,
-    cudaStream_t stream) {
+    const Scalars& rows, int64_t count, const Incoming& incoming, const Temperature& temperature, Dtype real,
+    void* grad, cudaStream_t stream) {
   if (real == Dtype::kDouble) {
     AMN_LAUNCH(
         temperature_grad_kernel<double>, dim3(1), dim3(kThreads), 0, stream, rows, count, incoming, temperature,

@@ -10,7 +10,8 @@ struct Shares {
   double share, take;
 };
 
-__device__ Shares shares_of(const Scalars& rows, int64_t i, Attention held, const InfonceForm& form, double temperature) {
+__device__ Shares shares_of(
+    const Scalars& rows, int64_t i, Attention held, const InfonceForm& form, double temperature) {
   const double own = own_logit(rows, i, temperature), max = at(rows, kMax, i), others = at(rows, kOthers, i);
   const double inv_target = at(rows, kInvTarget, i);
   double share = 1, positive = 0;

@@ -1,5 +1,5 @@
-// softmax_cols, col_factors: the softmax over the rows of a column. A block has 32 columns and 8 threads for each, which
-// take every eighth row; a warp reads a row of 32 columns.
+// softmax_cols, col_factors: the softmax over the rows of a column. A block has 32 columns and 8 threads for each,
+// which take every eighth row; a warp reads a row of 32 columns.
 #include "row_math.cuh"
 
 namespace amn::cuda {

@@ -7,7 +7,8 @@ namespace {
 
 template <class L>
 __global__ void __launch_bounds__(kTeamLimit) softmax_stats_kernel(
-    Matrix logits, Matrix key_scale, Scalars rows, Pairs pairs, InfonceForm form, int64_t own, Temperature temperature) {
+    Matrix logits, Matrix key_scale, Scalars rows, Pairs pairs, InfonceForm form, int64_t own,
+    Temperature temperature) {
   using Real = typename L::Real;
   constexpr Real kLowest = -kInfinity;
   AMN_TEAM_MEMORY(memory);

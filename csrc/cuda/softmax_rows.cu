@@ -1,5 +1,5 @@
-// softmax_rows_: the plain softmax. Rows of up to 4,096 keys are read once, as each thread's pack stays in registers from
-// the search for the maximum on; longer rows are read twice.
+// softmax_rows_: the plain softmax. Rows of up to 4,096 keys are read once, as each thread's pack stays in registers
+// from the search for the maximum on; longer rows are read twice.
 #include "logits.cuh"
 
 namespace amn::cuda {

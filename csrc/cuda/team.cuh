@@ -55,7 +55,8 @@ __device__ inline int lanes_of_team() { return blockDim.x < 32 ? blockDim.x : 32
 // Combines x over the team, `combine` for two numbers, into `out`, the same for all threads of the team. All threads of
 // the block must call it.
 template <int kCount, class Real, class F>
-__device__ inline void reduce_team(const Real (&x)[kCount], double (&out)[kCount], const TeamMemory& memory, const F& combine) {
+__device__ inline void reduce_team(
+    const Real (&x)[kCount], double (&out)[kCount], const TeamMemory& memory, const F& combine) {
   static_assert(kCount <= kMaxSums);
   Real lane[kCount];
 #pragma unroll

@@ -42,7 +42,8 @@ struct SumOptions {
 };
 
 // Adds row i to the sums of values and metrics.
-__device__ void add_values(double (&sums)[kSums], const Scalars& rows, int64_t i, const SumOptions& options, double tau) {
+__device__ void add_values(
+    double (&sums)[kSums], const Scalars& rows, int64_t i, const SumOptions& options, double tau) {
   const double weight = at(rows, kWeight, i), one_minus_cos = at(rows, kOneMinusCos, i);
   sums[kWeights] += weight;
   sums[kDiff] += weight * at(rows, kDiffDiff, i);

@@ -1,0 +1,265 @@
+// The ops of ops.cpp over the two halves of seq_loss.h: autograd, and weights that are balanced on the way.
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "seq_loss.h"
+
+namespace amn {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+TermList term_list(at::IntArrayRef terms, at::IntArrayRef monitored) {
+  TORCH_CHECK(terms.size() <= kMaxTerms, "at most ", kMaxTerms, " terms, got ", terms.size());
+  TermList list;
+  for (const int64_t term : terms) {
+    TORCH_CHECK(term >= 0 && term < kMaxTerms, "terms must be in [0, ", kMaxTerms, "), got ", term);
+    list.term[list.size] = term;
+    list.differentiable[list.size++] = std::find(monitored.begin(), monitored.end(), term) == monitored.end();
+  }
+  return list;
+}
+
+// The running state of balanced weights, and how they are formed; see `balance` in primitives.h.
+struct Balance {
+  Tensor mean, updates, calls, skipped, lambdas, most;
+  BalanceOptions options;
+};
+
+std::tuple<Tensor, Tensor> balance(
+    const Tensor& values, const Tensor& gram, const Tensor& mean, const Tensor& updates, const Tensor& calls,
+    const Tensor& skipped, const Tensor& lambdas, const Tensor& most, int64_t anchor, double decay,
+    int64_t update_every, bool by_value, bool update) {
+  const Tensor weights = at::empty_like(values), loss = at::empty({}, values.options());
+  const BalanceOptions options{anchor, decay, update_every, by_value, update};
+  primitives_for(values).balance(values, gram, mean, updates, calls, skipped, lambdas, most, options, weights, loss);
+  return {weights, loss};
+}
+
+// The schemas take every option by itself; here they become one object.
+Options make_options(
+    at::IntArrayRef terms, at::IntArrayRef monitored, double temperature, const OptionalTensor& learned_temperature,
+    bool both, int64_t negatives, bool positives_by_id, double margin, double variance_target) {
+  return {term_list(terms, monitored), {temperature, learned_temperature.value_or(Tensor())}, {both, positives_by_id},
+          negatives, margin, variance_target};
+}
+
+Forward seq_loss_forward(
+    const Tensor& pred, const Tensor& target, const OptionalTensor& weights, const OptionalTensor& mask,
+    const OptionalTensor& ids, const OptionalTensor& extra_negatives, const OptionalTensor& learned_temperature,
+    at::IntArrayRef terms, at::IntArrayRef monitored, double temperature, bool both, int64_t negatives,
+    bool positives_by_id, double margin, double variance_target, int64_t chunk_bytes, int64_t needs) {
+  const Options options = make_options(
+      terms, monitored, temperature, learned_temperature, both, negatives, positives_by_id, margin, variance_target);
+  return forward(
+      options, pred, target, weights.value_or(Tensor()), mask.value_or(Tensor()), ids.value_or(Tensor()),
+      extra_negatives.value_or(Tensor()), chunk_bytes, needs);
+}
+
+// mask and ids are in the scalars already; the arguments serve the double backward, registered in Python.
+std::vector<Tensor> seq_loss_backward(
+    const OptionalTensor& grad_loss, const OptionalTensor& weights, const OptionalTensor& grad_values,
+    const Tensor& pred, const Tensor& target, const OptionalTensor& mask, const OptionalTensor& ids,
+    const OptionalTensor& extra_negatives, const OptionalTensor& learned_temperature, const Tensor& rows,
+    const Tensor& attention, const Tensor& columns, at::IntArrayRef terms, at::IntArrayRef monitored,
+    double temperature, bool both, int64_t negatives, bool positives_by_id, double margin, double variance_target,
+    int64_t needs) {
+  const Options options = make_options(
+      terms, monitored, temperature, learned_temperature, both, negatives, positives_by_id, margin, variance_target);
+  const auto real = [&](const OptionalTensor& x) {
+    return x.has_value() && x->defined() ? x->to(attention.scalar_type()).contiguous() : Tensor();
+  };
+  return backward(
+      options, {real(grad_loss), real(weights), real(grad_values)}, pred, target, extra_negatives.value_or(Tensor()),
+      rows, attention, columns, needs);
+}
+
+// The dispatcher's handles, so that tracing sees these as ops.
+const auto& forward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("amn_kernels::_seq_loss_forward", "")
+                             .typed<decltype(seq_loss_forward)>();
+  return op;
+}
+
+const auto& backward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("amn_kernels::_seq_loss_backward", "")
+                             .typed<decltype(seq_loss_backward)>();
+  return op;
+}
+
+const auto& balance_op() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("amn_kernels::_balance", "").typed<decltype(balance)>();
+  return op;
+}
+
+bool needs_gradient(const OptionalTensor& x) { return x.has_value() && x->defined() && x->requires_grad(); }
+
+// The results of a call: loss [], values [m], Gram matrix, metrics, weights [m], and what the backward needs.
+struct Results {
+  Tensor loss, values, gram, metrics, weights, rows, attention, columns;
+};
+
+// The forward half, below autograd. `weights` are the fixed ones; with `state` they are balanced here.
+Results run_forward(
+    const Tensor& pred, const Tensor& target, const OptionalTensor& weights, const Balance* state,
+    const OptionalTensor& mask, const OptionalTensor& ids, const OptionalTensor& extra_negatives,
+    const OptionalTensor& learned_temperature, at::IntArrayRef terms, at::IntArrayRef monitored, double temperature,
+    bool both, int64_t negatives, bool positives_by_id, double margin, double variance_target, int64_t chunk_bytes,
+    int64_t needs) {
+  auto [loss, values, gram, metrics, rows, attention, columns] = forward_op().call(
+      pred, target, weights, mask, ids, extra_negatives, learned_temperature, terms, monitored, temperature, both,
+      negatives, positives_by_id, margin, variance_target, chunk_bytes, needs);
+  Tensor applied = weights.value_or(Tensor());
+  if (state != nullptr) {
+    const BalanceOptions& o = state->options;
+    std::tie(applied, loss) = balance_op().call(
+        values, gram, state->mean, state->updates, state->calls, state->skipped, state->lambdas, state->most, o.anchor,
+        o.decay, o.update_every, o.by_value, o.update);
+  }
+  return {loss, values, gram, metrics, applied, rows, attention, columns};
+}
+
+class SeqLoss : public torch::autograd::Function<SeqLoss> {
+ public:
+  static variable_list forward(
+      AutogradContext* ctx, const Tensor& pred, const Tensor& target, const OptionalTensor& weights,
+      const Balance* state, const OptionalTensor& mask, const OptionalTensor& ids,
+      const OptionalTensor& extra_negatives, const OptionalTensor& learned_temperature, at::IntArrayRef terms,
+      at::IntArrayRef monitored, double temperature, bool both, int64_t negatives, bool positives_by_id, double margin,
+      double variance_target, int64_t chunk_bytes, int64_t needs) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const Results out = run_forward(
+        pred, target, weights, state, mask, ids, extra_negatives, learned_temperature, terms, monitored, temperature,
+        both, negatives, positives_by_id, margin, variance_target, chunk_bytes, needs);
+    ctx->save_for_backward(
+        {pred, target, out.weights, mask.value_or(Tensor()), ids.value_or(Tensor()),
+         extra_negatives.value_or(Tensor()), learned_temperature.value_or(Tensor()), out.rows, out.attention,
+         out.columns});
+    ctx->saved_data["terms"] = terms;
+    ctx->saved_data["monitored"] = monitored;
+    ctx->saved_data["numbers"] = std::vector<double>{temperature, margin, variance_target};
+    ctx->saved_data["choices"] = std::vector<int64_t>{both, negatives, positives_by_id, needs};
+    ctx->set_materialize_grads(false);  // gram and metrics have no gradient; zeros for them would be made in vain
+    variable_list results{out.loss, out.values, out.gram, out.metrics};
+    variable_list constant{out.gram, out.metrics};
+    if (state != nullptr) {
+      results.push_back(out.weights);
+      constant.push_back(out.weights);
+    }
+    ctx->mark_non_differentiable(constant);
+    return results;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list result(kInputs);
+    if (!grads[0].defined() && !grads[1].defined()) return result;
+    const auto saved = ctx->get_saved_variables();
+    const auto optional = [](const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; };
+    const std::vector<double> numbers = ctx->saved_data["numbers"].toDoubleVector();
+    const std::vector<int64_t> choices = ctx->saved_data["choices"].toIntVector();
+    const int64_t needs = choices[3];
+    const auto gradients = [&] {
+      return backward_op().call(
+          optional(grads[0]), optional(saved[2]), optional(grads[1]), saved[0], saved[1], optional(saved[3]),
+          optional(saved[4]), optional(saved[5]), optional(saved[6]), saved[7], saved[8], saved[9],
+          ctx->saved_data["terms"].toIntVector(), ctx->saved_data["monitored"].toIntVector(), numbers[0], choices[0],
+          choices[1], choices[2], numbers[1], numbers[2], needs);
+    };
+    std::vector<Tensor> out;
+    if (at::GradMode::is_enabled()) {
+      out = gradients();  // create_graph: the op's own autograd formula, registered in Python, goes on from here
+    } else {
+      at::AutoDispatchBelowADInplaceOrView below;
+      out = gradients();
+    }
+    // Positions of pred, target, extra_negatives and learned_temperature among the inputs.
+    constexpr int64_t kPosition[] = {0, 1, 6, 7};
+    auto next = out.begin();
+    for (int64_t i = 0; i < 4; ++i) {
+      if (needs & (1 << i)) result[kPosition[i]] = *next++;
+    }
+    return result;
+  }
+
+ private:
+  static constexpr size_t kInputs = 18;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apply(
+    const Tensor& pred, const Tensor& target, const OptionalTensor& weights, const Balance* state,
+    const OptionalTensor& mask, const OptionalTensor& ids, const OptionalTensor& extra_negatives,
+    const OptionalTensor& learned_temperature, at::IntArrayRef terms, at::IntArrayRef monitored, double temperature,
+    bool both, int64_t negatives, bool positives_by_id, double margin, double variance_target, int64_t chunk_bytes) {
+  int64_t needs = 0;
+  if (at::GradMode::is_enabled()) {
+    TORCH_CHECK(
+        !needs_gradient(weights), "amn_kernels::seq_loss_fixed has no gradient for weights; use the reference backend");
+    needs = (pred.requires_grad() ? kNeedsPred : 0) | (target.requires_grad() ? kNeedsTarget : 0) |
+            (needs_gradient(extra_negatives) ? kNeedsExtra : 0) |
+            (needs_gradient(learned_temperature) ? kNeedsTemperature : 0);
+  }
+  if (needs == 0) {
+    const Results out = run_forward(
+        pred, target, weights, state, mask, ids, extra_negatives, learned_temperature, terms, monitored, temperature,
+        both, negatives, positives_by_id, margin, variance_target, chunk_bytes, needs);
+    return {out.loss, out.values, out.gram, out.metrics, out.weights};
+  }
+  const auto out = SeqLoss::apply(
+      pred, target, weights, state, mask, ids, extra_negatives, learned_temperature, terms, monitored, temperature,
+      both, negatives, positives_by_id, margin, variance_target, chunk_bytes, needs);
+  return {out[0], out[1], out[2], out[3], state != nullptr ? out[4] : Tensor()};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> seq_loss_fixed(
+    const Tensor& pred, const Tensor& target, const Tensor& weights, const OptionalTensor& mask,
+    const OptionalTensor& ids, const OptionalTensor& extra_negatives, const OptionalTensor& learned_temperature,
+    at::IntArrayRef terms, at::IntArrayRef monitored, double temperature, bool both, int64_t negatives,
+    bool positives_by_id, double margin, double variance_target, int64_t chunk_bytes) {
+  auto [loss, values, gram, metrics, applied] = apply(
+      pred, target, weights, nullptr, mask, ids, extra_negatives, learned_temperature, terms, monitored, temperature,
+      both, negatives, positives_by_id, margin, variance_target, chunk_bytes);
+  return {loss, values, gram, metrics};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> seq_loss_balanced(
+    const Tensor& pred, const Tensor& target, const Tensor& mean, const Tensor& updates, const Tensor& calls,
+    const Tensor& skipped, const Tensor& lambdas, const Tensor& most, int64_t anchor, double decay,
+    int64_t update_every, bool by_value, bool update, const OptionalTensor& mask, const OptionalTensor& ids,
+    const OptionalTensor& extra_negatives, const OptionalTensor& learned_temperature, at::IntArrayRef terms,
+    at::IntArrayRef monitored, double temperature, bool both, int64_t negatives, bool positives_by_id, double margin,
+    double variance_target, int64_t chunk_bytes) {
+  const Balance state{mean, updates, calls, skipped, lambdas, most, {anchor, decay, update_every, by_value, update}};
+  return apply(
+      pred, target, std::nullopt, &state, mask, ids, extra_negatives, learned_temperature, terms, monitored,
+      temperature, both, negatives, positives_by_id, margin, variance_target, chunk_bytes);
+}
+
+void register_for(torch::Library& m) {
+  m.impl("_seq_loss_forward", seq_loss_forward);
+  m.impl("_seq_loss_backward", seq_loss_backward);
+  m.impl("_balance", balance);
+}
+
+TORCH_LIBRARY_IMPL(amn_kernels, CompositeImplicitAutograd, m) {
+  m.impl("seq_loss_fixed", seq_loss_fixed);
+  m.impl("seq_loss_balanced", seq_loss_balanced);
+}
+
+TORCH_LIBRARY_IMPL(amn_kernels, CPU, m) { register_for(m); }
+#ifdef AMN_CUDA
+TORCH_LIBRARY_IMPL(amn_kernels, CUDA, m) { register_for(m); }
+#endif
+
+}  // namespace
+}  // namespace amn

@@ -1,0 +1,234 @@
+// InfoNCE over chunks of rows and blocks of keys: the part of the algorithm in which similarities exist.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "rows.h"
+
+namespace amn {
+
+constexpr int64_t kMinBlockKeys = 64;
+constexpr int64_t kMinChunkRows = 64;
+
+// Fills the softmax scalars of `rows` and what the gradients need.
+class Infonce {
+ public:
+  Infonce(
+      const Primitives& prim, const Options& options, const Rows& pred, const Rows& target, const Tensor& extra,
+      const Tensor& ids, const Tensor& rows, const Tensor& key_scale, int64_t chunk_bytes)
+      : prim_(prim), options_(options), pred_(pred), target_(target), extra_(extra), ids_(ids), rows_(rows),
+        key_scale_(key_scale), groups_(pred.groups()), size_(pred.group_size()), dim_(pred.dim()),
+        keys_(size_ + (extra.defined() ? extra.size(0) : 0)),
+        budget_(std::max<int64_t>(1, chunk_bytes / key_scale.itemsize())), real_(key_scale.options()) {}
+
+  // attention: [N, D], or empty without gradients.
+  void plain(const Tensor& attention) const {
+    const bool sends = attention.size(0) > 0;
+    const Tensor targets = target_.all();
+    const int64_t together = std::clamp<int64_t>(budget_ / (size_ * keys_), 1, groups_);
+    const int64_t most = prim_.any_dtype ? std::max(kChunkRows, budget_ / keys_) : kChunkRows;
+    const int64_t chunk_rows = together > 1 ? size_ : std::min(most, size_);
+    // Keys per block, so that the similarities of a chunk stay within the budget.
+    const int64_t fits = budget_ / (together * chunk_rows);
+    const int64_t block = std::clamp<int64_t>(fits, std::min(kMinBlockKeys, keys_), std::max(size_, keys_ - size_));
+    const bool merges = block < keys_;  // one block has nothing to merge with
+    const Tensor rescale = at::empty({merges ? together * chunk_rows : 0, 1}, real_);
+    const int64_t numel = together * chunk_rows * block;
+    const bool narrow = targets.scalar_type() != real_.dtype().toScalarType();  // the products take 16 bits
+    const Scratch scratch(numel, real_), guides(has_margin() ? numel : 0, real_);
+    const Scratch narrow_weights(narrow && sends ? numel : 0, targets.options());
+    prim_.prepare(scratch.memory());
+
+    for_chunks(groups_, size_, together * chunk_rows, [&](const Chunk& chunk) {
+      const Tensor queries = pred_.chunk(chunk), own_targets = target_.chunk(chunk);
+      const Tensor chunk_rows_ = scalars_of(rows_, chunk);
+      const Tensor shrink = merges ? part(rescale, 0, 0, chunk.groups * chunk.count) : rescale;
+      const Tensor out = sends ? view_rows(attention, chunk) : attention;
+      bool first = true;
+      const auto merge = [&](const Tensor& keys, const Tensor& key_scale, const Tensor& key_ids, int64_t own) {
+        const Tensor logits = scratch.take(sizes_of(chunk, keys.size(-2)));
+        multiply(logits, queries, keys.mT(), false);
+        const Pairs pairs = pairs_of(chunk, key_ids, guides, own_targets, keys);
+        const Tensor weights = narrow && sends ? narrow_weights.take(logits.sizes()) : logits;
+        prim_.softmax_rows_(logits, key_scale, chunk_rows_, shrink, weights, pairs, own, options_.temperature);
+        if (sends) {
+          if (!first) out.mul_(chunk.groups > 1 ? shrink.view({chunk.groups, chunk.count, 1}) : shrink);
+          multiply(out, weights, keys, !first);
+        }
+        first = false;
+      };
+      const Tensor keys = groups_of(targets, chunk), scale = groups_of(key_scale_, chunk), ids = groups_of(ids_, chunk);
+      for (int64_t begin = 0; begin < size_; begin += block) {
+        const int64_t width = std::min(block, size_ - begin);
+        merge(
+            part(keys, -2, begin, width), part(scale, -1, begin, width),
+            ids.defined() ? part(ids, -1, begin, width) : ids, chunk.begin - begin);
+      }
+      for (int64_t begin = size_; begin < keys_; begin += block) {
+        const int64_t width = std::min(block, keys_ - begin);
+        merge(
+            with_groups(part(extra_, 0, begin - size_, width), chunk), part(scale, -1, begin, width), Tensor(),
+            /*own=*/-size_);
+      }
+      if (sends) {
+        prim_.row_dots(
+            queries, own_targets, out, chunk_rows_, narrow ? Attention::kScaled : Attention::kUnnormalised,
+            options_.form, options_.temperature);
+      }
+    });
+  }
+
+  // attention [N, D]; key_attention [N, D] and extra_attention [K, D] of the keys: each empty where not needed.
+  void general(const Tensor& attention, const Tensor& key_attention, const Tensor& extra_attention) const {
+    const Tensor targets = target_.all();
+    const int64_t fits = budget_ / (keys_ * (has_margin() ? 2 : 1));  // rows
+    const int64_t least = std::min(kMinChunkRows, size_);
+    int64_t rows = std::clamp<int64_t>(fits, least, groups_ * size_);
+    // Both directions gain by whole groups; else more rows than kChunkRows gain nothing, unless groups are small.
+    if (rows < size_ || !options_.form.both) rows = std::min(rows, std::max(kChunkRows, fits / size_ * size_));
+    rows = std::min(rows, std::max(kChunkRows, rows / size_ * size_));
+    const int64_t numel = rows * keys_;
+    const Scratch scratch(numel, real_), guides(has_margin() ? numel : 0, real_);
+    prim_.prepare(scratch.memory());
+    const Tensor cols = at::empty({2, options_.form.both ? groups_ * size_ : 0}, real_);
+
+    const auto fill = [&](const Chunk& chunk, const Tensor& queries, Pairs& pairs) {
+      const Tensor logits = all_products(scratch, chunk, queries, targets);
+      pairs = pairs_of(chunk, groups_of(ids_, chunk), guides, Tensor(), Tensor());
+      if (has_margin()) pairs.guide = all_products(guides, chunk, target_.chunk(chunk), targets);
+      return logits;
+    };
+    const auto first_half = [&](const Chunk& chunk, const Tensor& logits, const Pairs& pairs) {
+      prim_.softmax_stats_(
+          logits, groups_of(key_scale_, chunk), scalars_of(rows_, chunk), pairs, options_.form, chunk.begin,
+          options_.temperature);
+      if (options_.form.both) prim_.softmax_cols(logits, scalars_of(rows_, whole(chunk)), pairs, options_.form);
+    };
+    const auto factors = [&](const Chunk& chunk) {
+      if (!options_.form.both) return;
+      const Chunk groups = whole(chunk);
+      prim_.col_factors(
+          scalars_of(rows_, groups), part(cols, 1, groups.group * size_, groups.groups * size_), options_.temperature);
+    };
+    const auto second_half = [&](const Chunk& chunk, const Tensor& queries, const Tensor& logits, const Pairs& pairs,
+                                 bool raw) {
+      if (attention.size(0) == 0) return;
+      Tensor columns = options_.form.both ? part(cols, 1, chunk.group * size_, chunk.groups * size_) : cols;
+      if (chunk.groups > 1) columns = columns.view({2, chunk.groups, -1});
+      const Tensor chunk_scalars = scalars_of(rows_, chunk);
+      prim_.softmax_weights_(
+          logits, groups_of(key_scale_, chunk), chunk_scalars, columns, pairs, options_.form, chunk.begin, raw,
+          options_.temperature);
+      const Tensor out = view_rows(attention, chunk), own = part(logits, -1, 0, size_);
+      multiply(out, own, groups_of(targets, chunk), false);
+      if (keys_ > size_) multiply(out, part(logits, -1, size_, keys_ - size_), with_groups(extra_, chunk), true);
+      if (key_attention.size(0) > 0 || extra_attention.size(0) > 0) {
+        const Tensor inv_pred = chunk_scalars.select(0, kInvPred).to(real_.dtype().toScalarType());
+        const Tensor units = queries * inv_pred.view(chunk.groups > 1 ? at::IntArrayRef{chunk.groups, chunk.count, 1}
+                                                                      : at::IntArrayRef{chunk.count, 1});
+        if (key_attention.size(0) > 0) {
+          multiply(view_rows(key_attention, whole(chunk)), own.mT(), units, chunk.begin > 0);
+        }
+        if (extra_attention.size(0) > 0) {
+          const Tensor shared = part(logits, -1, size_, keys_ - size_).flatten(0, -2);  // [G C, K]
+          multiply(extra_attention, shared.t(), units.flatten(0, -2), chunk.group > 0 || chunk.begin > 0);
+        }
+      }
+      prim_.row_dots(
+          queries, target_.chunk(chunk), out, chunk_scalars, Attention::kNormalised, options_.form,
+          options_.temperature);
+    };
+
+    const int64_t together = std::max<int64_t>(1, rows / size_);
+    for_chunks(groups_, size_, together * size_, [&](const Chunk& groups) {
+      const bool sees_all = rows >= groups.groups * size_ || !options_.form.both;
+      const auto each = [&](const auto& f) {
+        if (rows >= groups.groups * size_) return f(groups);
+        for_chunks(1, size_, rows, [&](Chunk chunk) {
+          chunk.group = groups.group;
+          f(chunk);
+        });
+      };
+      each([&](const Chunk& chunk) {
+        Pairs pairs;
+        const Tensor queries = pred_.chunk(chunk), logits = fill(chunk, queries, pairs);
+        first_half(chunk, logits, pairs);
+        if (!sees_all) return;
+        factors(chunk);
+        second_half(chunk, queries, logits, pairs, /*raw=*/false);
+      });
+      if (sees_all || attention.size(0) == 0) return;
+      factors(groups);
+      each([&](const Chunk& chunk) {
+        Pairs pairs;
+        const Tensor queries = pred_.chunk(chunk), logits = fill(chunk, queries, pairs);
+        second_half(chunk, queries, logits, pairs, /*raw=*/true);
+      });
+    });
+  }
+
+  // Rows of a chunk in a tensor whose rows are numbered group after group.
+  static Tensor view_rows(const Tensor& x, const Chunk& chunk, int64_t group_size) {
+    const Tensor flat = part(x, 0, chunk.group * group_size + chunk.begin, chunk.groups * chunk.count);
+    return chunk.groups > 1 ? flat.view({chunk.groups, chunk.count, x.size(1)}) : flat;
+  }
+  static Tensor scalars_of(const Tensor& rows, const Chunk& chunk, int64_t group_size) {
+    return part(rows, 1, chunk.group * group_size + chunk.begin, chunk.groups * chunk.count);
+  }
+
+ private:
+  bool has_margin() const { return options_.margin >= 0; }
+
+  Tensor view_rows(const Tensor& x, const Chunk& chunk) const { return view_rows(x, chunk, size_); }
+  Tensor scalars_of(const Tensor& rows, const Chunk& chunk) const { return scalars_of(rows, chunk, size_); }
+
+  Chunk whole(const Chunk& chunk) const { return {chunk.group, chunk.groups, 0, size_}; }
+
+  // What belongs to the groups of a chunk, from [G, ...], or all of it where there is one group without a dimension.
+  Tensor groups_of(const Tensor& x, const Chunk& chunk) const {
+    if (!x.defined() || groups_ == 1) return x;
+    return chunk.groups > 1 ? part(x, 0, chunk.group, chunk.groups) : x.select(0, chunk.group);
+  }
+
+  static Tensor with_groups(const Tensor& keys, const Chunk& chunk) {  // [K, D], or [G, K, D] for several groups
+    return chunk.groups > 1 ? keys.expand({chunk.groups, -1, -1}) : keys;
+  }
+
+  static std::vector<int64_t> sizes_of(const Chunk& chunk, int64_t keys) {
+    if (chunk.groups > 1) return {chunk.groups, chunk.count, keys};
+    return {chunk.count, keys};
+  }
+
+  // x k for all keys k of the rows x of a chunk, [M, keys] or [G, M, keys].
+  Tensor all_products(const Scratch& scratch, const Chunk& chunk, const Tensor& x, const Tensor& targets) const {
+    const Tensor out = scratch.take(sizes_of(chunk, keys_));
+    multiply(part(out, -1, 0, size_), x, groups_of(targets, chunk).mT(), false);
+    if (keys_ > size_) multiply(part(out, -1, size_, keys_ - size_), x, with_groups(extra_, chunk).mT(), false);
+    return out;
+  }
+
+  Pairs pairs_of(
+      const Chunk& chunk, const Tensor& key_ids, const Scratch& guides, const Tensor& own_targets,
+      const Tensor& keys) const {
+    Pairs pairs{{}, {}, {}, options_.margin};
+    if (key_ids.defined()) {
+      pairs.row_ids = part(ids_.view(-1), 0, chunk.group * size_ + chunk.begin, chunk.groups * chunk.count);
+      pairs.key_ids = key_ids;
+    }
+    if (has_margin() && keys.defined()) {
+      pairs.guide = guides.take(sizes_of(chunk, keys.size(-2)));
+      multiply(pairs.guide, own_targets, keys.mT(), false);
+    }
+    return pairs;
+  }
+
+  const Primitives& prim_;
+  const Options& options_;
+  const Rows &pred_, &target_;
+  const Tensor &extra_, &ids_, &rows_, &key_scale_;  // [K, D] real; [M] or [G, M]; [R, N]; [M + K] or [G, M + K]
+  const int64_t groups_, size_, dim_, keys_, budget_;
+  const at::TensorOptions real_;
+};
+
+}  // namespace amn
