@@ -6,7 +6,7 @@ import sys
 
 from .report import print_table
 
-BACKENDS = ("triton_kernels",)
+BACKENDS = ("triton_kernels", "cuda_kernels")
 """Modules with ``reports(reduced) -> list[KernelReport]`` and ``why_unavailable() -> str | None``."""
 
 
