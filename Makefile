@@ -27,7 +27,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
   docs lint types bench profile bench-peers bench-ring bench-train build clean
 .PHONY: kernels-check mutations cost test-gpu bench-gpu
 
-demo: build
+demo: $(VENV)/.built
 	$(BIN)/amn-kernels demo --overwrite
 
 # Threads that wait without spinning: on a busy machine a spinning one keeps the one it waits for from running.
@@ -73,7 +73,7 @@ lint: types
 	$(BIN)/ruff format --check .
 
 # On a copy laid out as it is installed: here the reference is python_ref, there it is amn_kernels.reference.
-types: $(VENV)/.dependencies
+types: $(VENV)/.development
 	rm -rf build/types && mkdir -p build/types
 	cp -r amn_kernels build/types && cp -r python_ref build/types/amn_kernels/reference
 	$(BIN)/mypy
@@ -105,24 +105,32 @@ test-gpu: build
 bench-gpu: build
 	$(BIN)/python -m bench.gpu $(BENCH_ARGS)
 
-build: $(VENV)/.built
+build: $(VENV)/.built $(VENV)/.development
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
-# torch and numpy are needed before the build, which compiles against torch. Of open_clip, lightly and
-# cut-cross-entropy single files are used; what they depend on would pull in torchvision. ttsem asks for Python 3.12, but runs on 3.11.
+# torch and numpy are needed before the build, which compiles against torch. The demo needs no more than this.
 $(VENV)/.dependencies: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel torch numpy ninja
-	$(BIN)/pip install -q -c constraints.txt $$($(BIN)/python -c "import tomllib; \
-	  extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
-	  print(*[item for group in extras.values() for item in group])" | sed "s/>=[^ ]*//g")
+	$(BIN)/pip install -q -c constraints.txt $$($(call extras,group == "train"))
+	touch $@
+
+# Of open_clip, lightly and cut-cross-entropy single files are used; what they depend on would pull in torchvision. ttsem
+# asks for Python 3.12, but runs on 3.11.
+$(VENV)/.development: $(VENV)/.dependencies
+	$(BIN)/pip install -q -c constraints.txt $$($(call extras,True))
 	$(BIN)/pip install -q -c constraints.txt --no-deps open_clip_torch lightly cut-cross-entropy
 	$(BIN)/pip install -q -c constraints.txt --no-deps --ignore-requires-python ttsem
 	touch $@
 
+# What pyproject.toml asks for in its extras, without the versions, which constraints.txt has.
+extras = $(BIN)/python -c 'import tomllib; \
+  extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+  print(*[item for group, items in extras.items() if $(1) for item in items])' | sed "s/>=[^ ]*//g"
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs amn_kernels/*.so
+	rm -rf $(VENV) build dist *.egg-info runs amn_kernels/*.so amn_kernels/_C.torch
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
