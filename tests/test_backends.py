@@ -210,3 +210,15 @@ def test_without_the_compiled_extension(run_python):
     for text in (*got["errors"], got["info"]):
         assert "the compiled extension did not load (no such library here)" in text
     assert "'cpu' is not available" in got["errors"][0]
+
+
+def test_terms_that_no_kernel_knows_go_to_the_reference(rows):
+    options = LossOptions()
+    object.__setattr__(options, "fused", False)  # as a term of TERMS that is not one of FUSED_TERMS makes it
+    call = backends.Call(*rows, options)
+    assert backends.choose(call, None).name == "reference"
+    with pytest.raises(
+        ValueError, match=r"backend='cpu' can't serve this call: terms other than mse, .* are not fused"
+    ):
+        backends.choose(call, "cpu")
+    assert LossOptions(mse=1, cosine=1, infonce=1, moment=1, variance=1).fused

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from amn_kernels import ops
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -42,3 +44,23 @@ def test_required_cuda_without_the_means_says_what_is_missing():
 @pytest.mark.parametrize("choice", ["0", "auto"])
 def test_cpu_build_needs_no_cuda(choice):
     assert setup_py(AMN_CUDA=choice).returncode == 0
+
+
+def test_unknown_choice_of_the_extension_is_refused():
+    result = setup_py(AMN_EXT="maybe")
+    assert result.returncode != 0
+    assert "AMN_EXT must be 0 or 1, got 'maybe'" in result.stderr
+
+
+def test_without_the_extension_nothing_of_torch_is_needed(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is not there')")
+    assert setup_py(AMN_EXT="0", PYTHONPATH=str(tmp_path)).returncode == 0
+    assert "torch is not there" in setup_py(AMN_EXT="1", PYTHONPATH=str(tmp_path)).stderr
+
+
+def test_an_extension_for_another_torch_is_not_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
+    ops._check_build()  # nothing said of the torch it is for
+    (tmp_path / "_C.torch").write_text("2.7")
+    with pytest.raises(ImportError, match=r"compiled for torch 2\.7, this is torch 2\."):
+        ops._check_build()
