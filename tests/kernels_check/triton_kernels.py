@@ -14,7 +14,7 @@ from bench.launches import compiling
 from .report import ARCHITECTURES, KernelReport, occupancy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-REDUCED = ((80, "bf16"), (90, "bf16"), (90, "fp32"), (100, "fp16"), (120, "fp32"))
+REDUCED = ((80, "bf16"), (90, "bf16"), (100, "fp16"), (120, "fp32"))
 """Every architecture and every dtype, not every pair."""
 
 FEW_WARPS = (
