@@ -78,7 +78,7 @@ def test_pred_and_target_have_strides_of_their_own(negatives):
 
 
 def test_rows_of_more_than_one_block_of_sums():
-    """1,100 rows are two blocks of sums and three of column moments, which must not fall on each other."""
+    """1,100 rows are nine blocks of sums and three of column moments, which must not fall on each other."""
     pred, target = (x.to("cuda") for x in make_rows(1100, 2, distance=0.5))
     assert_equals_reference(pred, target, mse=1.0, cosine=0.5, moment=0.5, variance=0.5)
 

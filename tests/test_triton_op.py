@@ -3,8 +3,11 @@ compiled primitives, so that it runs on the CPU.
 """
 
 import dataclasses
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +87,23 @@ def test_the_module_compiles_as_one_graph(monkeypatch):
             results.append((loss.detach(), leaf.grad, criterion.stats.weights))
         for got, wanted in zip(*results, strict=True):
             assert relative_error(got, wanted) <= 1e-6
+
+
+def test_two_ranks():
+    """The ring over Triton primitives, on gloo and under ttsem; NCCL needs GPUs."""
+    pytest.importorskip("ttsem")
+    folder = Path(__file__).parent
+    process = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "triton_ranks.py"],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-5000:]
+    assert "2 cases equal one process" in process.stdout
 
 
 def test_checkpointing_and_retained_graphs(backend):
