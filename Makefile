@@ -42,7 +42,7 @@ test-distributed: build
 	$(BIN)/python -m pytest tests/test_distributed.py
 
 test-triton: build
-	$(BIN)/python -m ttsem.sanitize pytest tests/test_triton.py tests/test_algorithm.py $(TRITON_ARGS)
+	$(BIN)/python -m ttsem.sanitize pytest tests/test_triton*.py tests/test_algorithm.py $(TRITON_ARGS)
 
 test-simt: build
 	$(BIN)/python -m pytest tests/simt -m "not asan and not tsan"

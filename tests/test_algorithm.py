@@ -6,7 +6,7 @@ import pytest
 import torch
 from combinations import CHOICES, inputs_of, label, options_of, sample
 
-from amn_kernels import algorithm, ops, triton
+from amn_kernels import algorithm, infonce, ops, triton
 from amn_kernels.algorithm import Saved
 from amn_kernels.infonce import Exchange
 from amn_kernels.options import DEFAULT_CHUNK_BYTES, TERMS, LossOptions
@@ -89,6 +89,15 @@ def assert_same(prim, case, tolerance, device="cpu"):
 @pytest.mark.parametrize("case", sample(100, {**CHOICES, "dtype": (torch.float64,)}, candidates=100), ids=label)
 def test_the_same_over_the_compiled_primitives(case):
     assert_same(CompiledPrimitives(), case, 1e-10)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 3000])
+@pytest.mark.parametrize("case", sample(60, {**CHOICES, "dtype": (torch.float64,)}, candidates=100)[:25], ids=label)
+def test_the_same_in_chunks_of_rows(monkeypatch, case, chunk_bytes):
+    """Chunks so short that no group of these sizes is one; the compiled ones stay as they are."""
+    for module in (algorithm, infonce):
+        monkeypatch.setattr(module, "CHUNK_ROWS", 5)
+    assert_same(CompiledPrimitives(), {**case, "chunk_bytes": chunk_bytes}, 1e-10)
 
 
 @without_triton
