@@ -155,12 +155,13 @@ def _peers_of(cells: list[dict]) -> list[str]:
 def peers_section(result: dict) -> str:
     """InfoNCE alone against other libraries: ratios, the worst of each, growth, memory, and where they win."""
     cells = result["times"]
+    others = sorted({f"D = {c['dim']} {c['dtype']}" for c in cells if (c["dim"], c["dtype"]) != (DIM, DTYPE)})
     parts = [
         f"{_machine(result['machine'])}. InfoNCE alone, forward + backward; equality of value and gradients was "
         "asserted before a cell was timed. Contenders take turns in one process; a figure is the median of the peer's "
         "time over that of fused in the same turn, above 1 where fused is faster. Columns: rows at "
-        f"D = {DIM}, {DTYPE}; *worst*: over all cells measured, other D and bfloat16 included; *growth*: the exponent "
-        f"of N fitted to the larger half. {_noise(cells)}",
+        f"D = {DIM}, {DTYPE}; *worst*: over all cells measured{' (' + ', '.join(others) + ' too)' if others else ''}; "
+        f"*growth*: the exponent of N fitted to the larger half. {_noise(cells)}",
         "![time and memory against rows](docs/bench-peers.png)",
     ]
     for contest, title in TITLES.items():
