@@ -445,8 +445,13 @@ void seed(uint64_t seed) { random_state = seed * 0x9e3779b97f4a7c15ull | 1; }
 
 int lane() { return running->index % 32; }
 
+static int64_t launched = 0;
+
+int64_t launches() { return launched; }
+
 void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, void (*call)(const void*), const void* body) {
   check_limits(kernel, grid, block);
+  ++launched;
 #if defined(SIMT_TSAN)
   host_identity = __tsan_get_current_fiber();
 #endif

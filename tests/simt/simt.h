@@ -55,6 +55,7 @@ uint32_t warp_vote(uint32_t mask, bool predicate, const Site& site);
 int lane();
 
 void seed(uint64_t seed);
+int64_t launches();  // of kernels, so far
 
 template <class Body>
 void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, const Body& body) {
