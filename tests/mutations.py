@@ -89,6 +89,8 @@ with open(sys.argv[1], "wb") as file, simt_backend(Library(trace=file)):
     for shape in ((65, 8), (3, 600)):
         pred, target = make_rows(*shape, dtype=torch.bfloat16)
         seq_loss(pred, target, backend="simt", **TERMS["all"], moment=0.1, variance=0.1)
+    # As many rows as a thread of softmax_cols has in one go.
+    seq_loss(*make_rows(24, 8), backend="simt", **TERMS["all"], direction="both")
 """
 
 
