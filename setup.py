@@ -3,13 +3,16 @@
 Environment:
     AMN_EXT=0|1         0: nothing is compiled, and the wheel is for any platform: Triton and plain PyTorch serve it.
                         Never chosen by itself: where compiling fails the build fails, and says so.
-    AMN_CUDA=0|1|auto   CUDA sources: never, required, or when nvcc and a CUDA build of torch are there (default).
+    AMN_CUDA=0|1|auto   CUDA sources: never, required, or when nvcc and a CUDA build of torch of one major version are
+                        there (default).
                         Decided by the toolchain, never by a GPU being there: a build machine often has none.
     TORCH_CUDA_ARCH_LIST, MAX_JOBS   as in every torch extension.
 """
 
 import os
 import platform
+import re
+import subprocess
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -26,6 +29,16 @@ def wants_extension() -> bool:
     return choice == "1"
 
 
+def cuda_major(nvcc: Path) -> str | None:
+    """Major version of the CUDA toolkit that `nvcc` is of, or None if it does not run."""
+    try:
+        told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    release = re.search(r"release (\d+)\.", told)
+    return release.group(1) if release else None
+
+
 def wants_cuda() -> bool:
     """Whether to compile csrc/cuda, from AMN_CUDA; raises when it is required and can't be done."""
     import torch
@@ -36,11 +49,14 @@ def wants_cuda() -> bool:
         raise ValueError(f"AMN_CUDA must be 0, 1 or auto, got {choice!r}")
     if choice == "0":
         return False
+    nvcc = None if CUDA_HOME is None else cuda_major(Path(CUDA_HOME) / "bin" / "nvcc")
+    of_torch = None if torch.version.cuda is None else torch.version.cuda.split(".")[0]
     missing = [
         what
         for what, there in {
-            "nvcc (set CUDA_HOME)": CUDA_HOME is not None,
-            "a CUDA build of torch": torch.version.cuda is not None,
+            "nvcc (set CUDA_HOME)": nvcc is not None,
+            "a CUDA build of torch": of_torch is not None,
+            f"nvcc of torch's CUDA {of_torch} (it is of {nvcc})": None in (nvcc, of_torch) or nvcc == of_torch,
             "CUDA sources in csrc/cuda": any(ROOT.glob("csrc/cuda/*.cu")),
         }.items()
         if not there

@@ -41,6 +41,20 @@ def test_required_cuda_without_the_means_says_what_is_missing():
     assert "a CUDA build of torch" in result.stderr
 
 
+def test_a_toolkit_of_another_major_version_is_left_alone(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch, torch.utils.cpp_extension as build\n"
+        f"torch.version.cuda, build.CUDA_HOME = '12.8', {str(tmp_path)!r}"
+    )
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 99.1, V99.1.0'\n")
+    nvcc.chmod(0o755)
+    assert setup_py(AMN_CUDA="auto", PYTHONPATH=str(tmp_path)).returncode == 0
+    result = setup_py(AMN_CUDA="1", PYTHONPATH=str(tmp_path))
+    assert "AMN_CUDA=1, but this build has no nvcc of torch's CUDA 12 (it is of 99)" in result.stderr
+
+
 @pytest.mark.parametrize("choice", ["0", "auto"])
 def test_cpu_build_needs_no_cuda(choice):
     assert setup_py(AMN_CUDA=choice).returncode == 0
