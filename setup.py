@@ -42,7 +42,7 @@ def cuda_major(nvcc: Path) -> str | None:
 def wants_cuda() -> bool:
     """Whether to compile csrc/cuda, from AMN_CUDA; raises when it is required and can't be done."""
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
+    from torch.utils.cpp_extension import CUDA_HOME, include_paths
 
     choice = os.environ.get("AMN_CUDA", "auto")
     if choice not in ("0", "1", "auto"):
@@ -55,6 +55,8 @@ def wants_cuda() -> bool:
         what
         for what, there in {
             "nvcc (set CUDA_HOME)": nvcc is not None,
+            "cuda_runtime.h beside nvcc (set CUDA_HOME)": nvcc is None
+            or any((Path(path) / "cuda_runtime.h").exists() for path in include_paths("cuda")),
             "a CUDA build of torch": of_torch is not None,
             f"nvcc of torch's CUDA {of_torch} (it is of {nvcc})": None in (nvcc, of_torch) or nvcc == of_torch,
             "CUDA sources in csrc/cuda": any(ROOT.glob("csrc/cuda/*.cu")),

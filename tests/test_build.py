@@ -52,7 +52,7 @@ def test_a_toolkit_of_another_major_version_is_left_alone(tmp_path):
     nvcc.chmod(0o755)
     assert setup_py(AMN_CUDA="auto", PYTHONPATH=str(tmp_path)).returncode == 0
     result = setup_py(AMN_CUDA="1", PYTHONPATH=str(tmp_path))
-    assert "AMN_CUDA=1, but this build has no nvcc of torch's CUDA 12 (it is of 99)" in result.stderr
+    assert "no nvcc of torch's CUDA 12 (it is of 99)" in result.stderr
 
 
 @pytest.mark.parametrize("choice", ["0", "auto"])
