@@ -133,16 +133,7 @@ def _triton_run(call: Call) -> Outcome:
 
     if small_groups.why_unsupported(call) is None:
         return small_groups.run(call)
-    outputs = backend.term_outputs(
-        call.pred,
-        call.target,
-        call.options,
-        temperature=call.temperature,
-        mask=call.mask,
-        extra_negatives=call.extra_negatives,
-        ids=call.ids,
-    )
-    return weighted(call, outputs)
+    return _run_unweighted(backend.term_outputs, call)
 
 
 def weighted(call: Call, outputs: TermOutputs) -> Outcome:
@@ -151,12 +142,9 @@ def weighted(call: Call, outputs: TermOutputs) -> Outcome:
     return Outcome(torch.dot(outputs.values, weights), outputs, weights)
 
 
-def _reference_unsupported(call: Call) -> str | None:
-    return "it does not work over ranks" if call.options.over_ranks else None
-
-
-def _reference_run(call: Call) -> Outcome:
-    outputs = reference.term_outputs(
+def _run_unweighted(term_outputs: Callable[..., TermOutputs], call: Call) -> Outcome:
+    """The outcome by a backend that knows terms but no weights."""
+    outputs = term_outputs(
         call.pred,
         call.target,
         call.options,
@@ -166,6 +154,14 @@ def _reference_run(call: Call) -> Outcome:
         ids=call.ids,
     )
     return weighted(call, outputs)
+
+
+def _reference_unsupported(call: Call) -> str | None:
+    return "it does not work over ranks" if call.options.over_ranks else None
+
+
+def _reference_run(call: Call) -> Outcome:
+    return _run_unweighted(reference.term_outputs, call)
 
 
 BACKENDS = {
