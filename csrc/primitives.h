@@ -210,10 +210,6 @@ const Primitives& primitives_for(const at::Tensor& x);
 
 namespace cpu {
 extern const Primitives primitives;
-void balance(
-    const at::Tensor& values, const at::Tensor& gram, const at::Tensor& mean, const at::Tensor& updates,
-    const at::Tensor& calls, const at::Tensor& skipped, const at::Tensor& lambdas, const at::Tensor& most,
-    const BalanceOptions& options, const at::Tensor& weights, const at::Tensor& loss);
 const char* isa();  // the instruction set that run-time dispatch chose
 }  // namespace cpu
 

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <limits>
 
-#include "../primitives.h"
+#include "tensors.h"
 
 namespace amn::cpu {
 namespace {

@@ -84,4 +84,8 @@ template <class T>
 RowKernels<T> avx512_kernels();
 #endif
 
+// The set that serves this machine.
+template <class T>
+const RowKernels<T>& kernels();
+
 }  // namespace amn::cpu
