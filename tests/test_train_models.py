@@ -83,6 +83,13 @@ def test_any_size_and_length(name, dim, steps):
 
 
 @pytest.mark.parametrize("name", OTHERS)
+def test_predictions_start_no_longer_than_the_vectors(name):
+    torch.manual_seed(0)
+    pred = build_model(name, 384)(torch.nn.functional.normalize(torch.randn(4, 5, 384), dim=-1))
+    assert 0 < pred.norm(dim=1).min() <= pred.norm(dim=1).max() < 1
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_residual_starts_at_the_mean_of_the_context_and_learns_from_there(name):
     torch.manual_seed(0)
     model, context = build_model(name, 10, residual=True), torch.randn(4, 5, 10)

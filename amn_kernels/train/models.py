@@ -57,9 +57,12 @@ class Predictor(nn.Module):
     def __init__(self, residual: bool, last: nn.Linear) -> None:
         super().__init__()
         self.residual = residual
-        if residual:
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        # What the last layer reads is of order 1, elements of vectors of length 1 are of order 1 / sqrt(D). With
+        # torch's initial weights a prediction is ten times too long, and most of an epoch goes into shortening it.
+        scale = 0.0 if residual else last.out_features**-0.5
+        with torch.no_grad():
+            last.weight.mul_(scale)
+            last.bias.mul_(scale)
 
     def forward(self, context: Tensor) -> Tensor:
         """context: [B, T, D] -> prediction [B, D]."""
