@@ -1,10 +1,7 @@
-"""Training: files, history, repeatability, interruption; and the writing of a run's files."""
+"""Training: what it learns, its history, repeatability, and what may be asked of it."""
 
 import dataclasses
 import io
-import json
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -15,12 +12,12 @@ from safetensors.torch import load_file
 from amn_kernels import FusedSeqLoss
 from amn_kernels.data import IndexedWindows, split_windows
 from amn_kernels.train import config as config_module
-from amn_kernels.train import runs, trainer
+from amn_kernels.train import trainer
 from amn_kernels.train.checkpoints import check_probe, load_checkpoint, newest_checkpoint
 from amn_kernels.train.config import TrainConfig
 from amn_kernels.train.models import Predictor, build_model
 from amn_kernels.train.ranks import Ranks
-from amn_kernels.train.runs import interrupts_deferred, load_history, load_run, prepare_folder, write_atomically
+from amn_kernels.train.runs import load_history, load_run
 from amn_kernels.train.trainer import train
 from amn_kernels.train.training import make_batches, make_training
 
@@ -52,20 +49,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def interrupts():
-    """Makes SIGINT raise KeyboardInterrupt; a test run in the background inherits a SIGINT that is ignored."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-
-
 def quiet() -> Console:
     return Console(file=io.StringIO(), width=200)
-
-
-def contents(folder) -> dict:
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def config_of(data, out, **changes) -> TrainConfig:
@@ -270,148 +255,6 @@ def test_divergence_is_reported_and_leaves_no_checkpoint_of_it(data, tmp_path, m
     with pytest.raises(FloatingPointError, match="diverged in epoch 1"):
         train(config_of(data, tmp_path / "run"), quiet())
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json"]
-
-
-def test_a_folder_in_use_is_refused_and_overwrite_leaves_nothing_of_the_old_run(data, tmp_path):
-    out = tmp_path / "run"
-    train(config_of(data, out, epochs=2), quiet())
-    before = contents(out)
-    with pytest.raises(FileExistsError, match="--overwrite"):
-        train(config_of(data, out), quiet())
-    assert contents(out) == before
-    (out / "notes.txt").write_text("mine")
-    prepare_folder(out, overwrite=True)
-    assert [path.name for path in out.iterdir()] == ["notes.txt"]
-    with pytest.raises(FileExistsError, match="is a file"):
-        prepare_folder(out / "notes.txt", overwrite=True)
-
-
-def test_bad_data_leaves_an_earlier_run_alone(data, tmp_path):
-    out = tmp_path / "run"
-    train(config_of(data, out, epochs=1), quiet())
-    with pytest.raises(FileNotFoundError):
-        train(config_of(tmp_path / "nowhere.npz", out, overwrite=True), quiet())
-    assert sorted(path.name for path in out.iterdir()) == RUN_FILES
-
-
-@pytest.mark.usefixtures("interrupts")
-def test_interrupt_in_an_epoch_saves_the_update_at_hand_and_says_how_to_go_on(data, tmp_path, monkeypatch):
-    out, console = tmp_path / "run", quiet()
-    epochs = iter(range(1, 9))
-
-    def interrupted(*arguments):
-        is_third = next(epochs) == 3
-        for step in trainer_epoch(*arguments):
-            if is_third and step % 14 == 5:  # of 14 updates
-                os.kill(os.getpid(), signal.SIGINT)
-            yield step
-
-    trainer_epoch = trainer.train_epoch
-    monkeypatch.setattr(trainer, "train_epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(config_of(data, out, epochs=8), console)
-    assert [row["epoch"] for row in load_history(out)] == [1, 2]
-    load_run(out)
-    assert newest_checkpoint(out / "checkpoints").name == "step-000000033"
-    said = console.file.getvalue().replace("\n", " ")
-    assert f"interrupted in epoch 3 after 5 of 14 batches; all is saved, --resume --out {out} goes on" in said
-
-
-@pytest.mark.usefixtures("interrupts")
-def test_interrupt_while_saving_waits_until_all_files_are_in_step(data, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    written = []
-
-    def interrupting(path, content):
-        write_atomically(path, content)
-        written.append(path.name)
-        if written.count("last.safetensors") == 2 and path.name == "last.safetensors":
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(runs, "write_atomically", interrupting)
-    with pytest.raises(KeyboardInterrupt):
-        train(config_of(data, out, epochs=8), quiet())
-    assert written[-1] == "history.jsonl"
-    assert [row["epoch"] for row in load_history(out)] == [1, 2]
-
-
-@pytest.mark.usefixtures("interrupts")
-def test_deferred_interrupt_restores_the_handler():
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), interrupts_deferred():
-        os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-@pytest.mark.usefixtures("interrupts")
-def test_an_ignored_interrupt_stays_ignored():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with interrupts_deferred():
-        os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-
-
-@pytest.mark.parametrize("step", ["write", "fsync", "replace"])
-def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch, step):
-    path = tmp_path / "file.json"
-    write_atomically(path, "old")
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    if step == "write":
-        monkeypatch.setattr(runs.os, "fdopen", fail)
-    else:
-        monkeypatch.setattr(runs.os, step, fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, "new and longer")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_process_killed_in_the_middle_of_a_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file.json"
-    write_atomically(path, "old")
-    child = os.fork()
-    if child == 0:
-        # Between the bytes and the rename, the worst moment.
-        runs.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
-        write_atomically(path, "new")
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL
-    assert path.read_text() == "old"
-
-
-def test_written_files_have_the_usual_permissions(tmp_path):
-    (tmp_path / "plain").write_text("")
-    write_atomically(tmp_path / "atomic", b"")
-    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-def test_config_survives_the_round_trip(data, tmp_path):
-    config = config_of(data, tmp_path / "run", epochs=1, lambda_info=0.25, weighting="value")
-    train(config, quiet())
-    assert load_run(tmp_path / "run")[0] == config
-
-
-def test_damaged_runs_name_the_file(data, tmp_path):
-    out = tmp_path / "run"
-    with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
-        load_run(out)
-    train(config_of(data, out, epochs=1), quiet())
-    checkpoint = (out / "best.safetensors").read_bytes()
-    (out / "best.safetensors").write_bytes(checkpoint[:1000])
-    with pytest.raises(ValueError, match=r"best\.safetensors: damaged"):
-        load_run(out)
-    settings = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(settings | {"dim": 9}))
-    (out / "best.safetensors").write_bytes(checkpoint)
-    with pytest.raises(ValueError, match=r"best\.safetensors: damaged, or not of this model"):
-        load_run(out)
-    (out / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"config\.json: not a run's configuration"):
-        load_run(out)
 
 
 @pytest.mark.parametrize(
