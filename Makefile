@@ -11,7 +11,7 @@
 #   make kernels-check   registers, spills and occupancy of the compiled GPU kernels; make cost   their bytes, counted
 #   make test-gpu, make bench-gpu   on a CUDA device: the tests that need one, and speed against what people run
 #   make test-simt, test-simt-asan, test-simt-tsan   the CUDA kernels on the CPU: values, addresses, races (tests/simt)
-#   make mutations   errors put into the CUDA kernels, and which of these notices: docs/mutations.md
+#   make mutations   errors put into kernels and algorithm, and which of these notices: docs/mutations.md
 #   make fuzz    10,000 generated inputs compared with the reference, and thousands of wrong arguments and damaged files
 #   make test-triton   the Triton kernels on the CPU: values, addresses, races
 #   make test-distributed, make bench-ring   the loss over several processes, and its peak memory
@@ -54,7 +54,7 @@ test-simt-tsan: build
 	$(BIN)/python -m pytest tests/simt -m tsan
 
 mutations: build
-	$(BIN)/python -m tests.mutations
+	$(BIN)/python -m tests.mutations $(MUTATION_ARGS)
 
 fuzz: build
 	cd tests && ../$(BIN)/python -m fuzz --cases $(CASES)

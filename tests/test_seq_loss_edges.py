@@ -180,6 +180,20 @@ def test_gradient_of_far_keys_is_zero_not_nan():
     assert ours.grad.norm() < 1e-30
 
 
+def test_later_blocks_far_below_the_first():
+    """Keys in descending similarity, 64 at a time: beside a later block, what was summed before is e^100 and more."""
+    pred, target = make_rows(300, 8)
+    pred = pred[:1] + 0.01 * pred
+    cosines = (pred[:1] @ target.T).squeeze() / target.norm(dim=1)
+    target = target[cosines.argsort(descending=True)]
+    options = {"mse": 0.0, "infonce": 1.0, "temperature": 0.004}
+    true = truth(pred, target, **options)
+    ours = seq_loss(pred, target, backend="cpu", chunk_bytes=1, **options)
+    rounding = 8 * torch.finfo(torch.float32).eps / 0.004  # of logits up to 250
+    assert ours.loss.item() == pytest.approx(true.loss.item(), rel=rounding)
+    assert relative_error(ours.grad, true.grad) <= rounding
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_own_key_far_below_the_others(dtype):
     """The worst row there is: its target is opposite, another key is the same. exp(-200/0.07...) underflows."""

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,11 +45,15 @@ def why_unavailable() -> str | None:
     return None if _nvcc() else "there is no nvcc (CUDA_HOME, PATH)"
 
 
-def reports(reduced: bool) -> list[KernelReport]:
-    """One report per kernel, instance of its template and architecture; `reduced` leaves out the machine code."""
+def reports(reduced: bool, sources: Collection[str] = ()) -> list[KernelReport]:
+    """One report per kernel, instance of its template and architecture; `reduced` leaves out the machine code.
+
+    Of all kernels, or of those in some `sources`.
+    """
     has_tools = not reduced and os.path.exists(_tool("cuobjdump"))
     with ThreadPoolExecutor(PROCESSES) as pool, tempfile.TemporaryDirectory() as folder:
-        found = pool.map(lambda source: _reports_of(source, Path(folder), has_tools), sorted(SOURCES.glob("*.cu")))
+        paths = sorted(path for path in SOURCES.glob("*.cu") if not sources or path.name in sources)
+        found = pool.map(lambda path: _reports_of(path, Path(folder), has_tools), paths)
         return sorted((report for some in found for report in some), key=lambda x: (x.name, x.notes, x.dtype, x.arch))
 
 

@@ -1,0 +1,88 @@
+"""Errors in the C++ of the CPU op: row kernels, primitives and the algorithm."""
+
+from .mutation import Mutation
+
+_INFONCE = "test_seq_loss.py::test_error_rule_over_shapes[65-768-infonce]"
+_COMBINATIONS = ("test_combinations.py",)
+_BLOCKS = ("test_seq_loss.py::test_chunk_bytes_change_nothing",)
+
+MUTATIONS = (
+    Mutation(
+        "a factor lost", "cpu/row_kernels.inl", "one_minus_cos = square / 2;", "one_minus_cos = square;",
+        ("test_seq_loss.py::test_error_rule_over_shapes[65-768-cosine]",),
+    ),
+    Mutation(
+        "the end of a row is left out", "cpu/vectors.inl", "  if (i < end) f(i, First<T>{end - i});\n", "",
+        ("test_seq_loss.py::test_error_rule_over_shapes[2-7-mse]",),
+    ),
+    Mutation(
+        "underflow of exp is not 0", "cpu/vectors.inl", "x < -87.f ? Floats{} : y", "y",
+        ("test_seq_loss_edges.py::test_gradient_of_far_keys_is_zero_not_nan",),
+    ),
+    Mutation(
+        "own key not left out", "cpu/row_kernels.inl",
+        "if (own_key >= 0 && own_key < keys) s[own_key] = kLowest;", "", (_INFONCE,),
+    ),
+    Mutation(
+        "masked keys are kept", "cpu/row_kernels.inl", "where_negative(norm, Vector<T>{} + kLowest, x)", "x",
+        _COMBINATIONS,
+    ),
+    Mutation(
+        "running maximum of earlier blocks dropped", "cpu/row_kernels.inl",
+        "std::max(rows.at(kMax, i), largest(s, keys))", "largest(s, keys)",
+        ("test_seq_loss_edges.py::test_later_blocks_far_below_the_first",), times=2,
+    ),
+    Mutation(
+        "running sum of earlier blocks not rescaled", "cpu/row_kernels.inl", "others * shrink + total",
+        "others + total", ("test_seq_loss.py::test_ever_larger_similarities[1]",),
+    ),
+    Mutation(
+        "only the last 256 keys are summed", "cpu/row_kernels.inl",
+        "total += sum<T>(lanes);", "total = sum<T>(lanes);",
+        ("test_seq_loss.py::test_error_rule_over_shapes[257-64-infonce]",),
+    ),
+    Mutation(
+        "a norm is forgotten", "cpu/row_kernels.inl", "c = infonce * inv_pred;", "c = infonce;", (_INFONCE,),
+    ),
+    Mutation(
+        "blocks of rows merge without their means", "cpu/row_kernels.inl", "products[q][j] + product[q] * both",
+        "products[q][j]", _COMBINATIONS,
+    ),
+    Mutation(
+        "a thread begins where another one does", "cpu/tensors.h", "f(group, begin - first, last - first);",
+        "f(group, 0, last - first);", _BLOCKS,
+    ),
+    Mutation(
+        "sums of all threads but the last are lost", "cpu/term_sums.cpp",
+        "for (const Sums& block : partial) sums += block;", "for (const Sums& block : partial) sums = block;",
+        ("test_seq_loss.py::test_metrics",),
+    ),
+    Mutation(
+        "p.d is mirrored without d.d", "cpu/primitives.cpp", "from.at(kDiffDiff, i) - from.at(kPredDiff, i);",
+        "from.at(kPredDiff, i);", _COMBINATIONS,
+    ),
+    Mutation(
+        "a spike is not cut", "cpu/balance.cpp", "std::min(x, limit)", "x",
+        ("test_weighting.py::test_spike_is_winsorised_after_ten_updates_and_not_before[compiled]",),
+    ),
+    Mutation(
+        "the norm of this batch is not looked at", "cpu/balance.cpp", "current > known ? current : known", "known",
+        ("test_weighting.py::test_spike_of_a_term_does_not_exceed_its_share[compiled]",),
+    ),
+    Mutation(
+        "own key of the first block in every block", "infonce.h", "chunk.begin - begin);", "chunk.begin);", _BLOCKS,
+    ),
+    Mutation(
+        "later blocks overwrite", "infonce.h", "multiply(out, weights, keys, !first);",
+        "multiply(out, weights, keys, false);", _BLOCKS,
+    ),
+    Mutation(
+        "earlier blocks are not rescaled", "infonce.h", "if (!first) out.mul_(", "if (false) out.mul_(",
+        ("test_seq_loss.py::test_ever_larger_similarities[1]",),
+    ),
+    Mutation(
+        "extra negatives weigh as if no row were masked", "seq_loss.cpp",
+        "if (mask.defined()) extra_rows.select(0, kWeight)", "if (false) extra_rows.select(0, kWeight)",
+        _COMBINATIONS,
+    ),
+)  # fmt: skip
