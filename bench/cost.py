@@ -2,7 +2,8 @@
 
 `python -m bench.cost`. The step runs on meta tensors. Every Triton launch is compiled, and its intermediate code says
 which of its arguments it reads and writes, and how many scalars of each row; every other PyTorch operator counts its
-operands and its result once. A second pass over a row that a program has just read is taken to find it in cache.
+operands and its result once. A second pass over a row that a program has just read is taken to find it in cache. The
+CUDA kernels are counted as they run on the CPU: `bench/cuda_bytes.py`.
 """
 
 import argparse
@@ -242,15 +243,24 @@ def table() -> list[dict]:
     return entries
 
 
+def cuda_table() -> list[dict]:
+    """Every CUDA kernel, for each dtype."""
+    from bench.cuda_bytes import counted
+
+    return [{"dtype": name, **asdict(work)} for name, dtype in DTYPES.items() for work in counted(dtype)]
+
+
 def main() -> None:
     """Print the tables and write them as JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench.cost", description=__doc__)
     parser.add_argument("--json", type=Path, default=Path("runs/cost.json"), help="where the figures go")
     arguments = parser.parse_args()
     entries = table()
+    cuda = cuda_table()
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(arguments.json, json.dumps(entries, indent=2) + "\n")
+    write_atomically(arguments.json, json.dumps({"steps": entries, "cuda": cuda}, indent=2) + "\n")
     print_tables(entries)
+    print_cuda_table(cuda)
     print(f"Written to {arguments.json}")
 
 
@@ -288,6 +298,26 @@ def print_tables(entries: list[dict]) -> None:
         f"{LAUNCH_SECONDS * 1e6:g} us a launch; one of few programs has the share of its multiprocessors. "
         "The peers are their products in one launch. No card was at hand; real products reach a part of the peak."
     )
+
+
+def print_cuda_table(entries: list[dict]) -> None:
+    """The CUDA kernels, one launch a line."""
+    from bench.cuda_bytes import SIZES
+
+    table = Table(
+        title=f"CUDA kernels, {SIZES.rows} rows of {SIZES.dim}, logits [{SIZES.rows}, {SIZES.keys}]: bytes of all "
+        "accesses to matrices, all else once; minimum: the matrices once"
+    )
+    for column in ("kernel", "input"):
+        table.add_column(column)
+    for column in ("blocks", "kB read", "kB written", "bytes /\nminimum"):
+        table.add_column(column, justify="right")
+    for entry in entries:
+        table.add_row(
+            entry["name"], entry["dtype"], f"{entry['programs']:,}", f"{entry['read'] / 1e3:,.1f}",
+            f"{entry['written'] / 1e3:,.1f}", f"{(entry['read'] + entry['written']) / entry['minimum']:.3f}",
+        )  # fmt: skip
+    Console(width=max(130, Console().width)).print(table)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ class Build(enum.Enum):
         ),
     )
     TSAN = ("-DSIMT_TSAN",), ("-fsanitize=thread",)
+    # Accesses call the functions of count.cpp, not ThreadSanitizer's.
+    COUNT = (), ("-fsanitize=thread",)
 
     @property
     def define(self) -> tuple[str, ...]:
@@ -42,10 +44,12 @@ def kernels() -> list[Path]:
     return sorted(KERNELS.glob("*.cu"))
 
 
-def library() -> Path:
-    """The kernels as a shared library, plain."""
-    objects = _objects(Build.PLAIN, [*kernels(), HERE / "launchers.cpp"])
-    return _link(Build.PLAIN, BUILD / "plain" / "libsimt.so", objects, ["-shared"])
+def library(build: Build = Build.PLAIN) -> Path:
+    """The kernels as a shared library, plain or counting."""
+    counting = [HERE / "count.cpp"] if build == Build.COUNT else []
+    objects = _objects(build, [*kernels(), HERE / "launchers.cpp", *counting])
+    # Its own functions before those of a library of the same ones that somebody has loaded for all.
+    return _link(Build.PLAIN, BUILD / build.name.lower() / "libsimt.so", objects, ["-shared", "-Wl,-Bsymbolic"])
 
 
 def program(name: str, build: Build) -> Path:
@@ -72,7 +76,7 @@ def _objects(build: Build, sources: list[Path]) -> list[Path]:
         target = folder / f"{source.stem}.o"
         if not target.exists() or target.stat().st_mtime <= max(newest, source.stat().st_mtime):
             # The scheduler stays without instrumentation: the sanitizers are told of its switches.
-            sanitize = () if source.stem == "simt" else build.sanitize
+            sanitize = () if source.stem in ("simt", "count") else build.sanitize
             _gcc(target, [*_FLAGS, *build.define, *sanitize, "-c", "-x", "c++", str(source)])
         return target
 

@@ -38,6 +38,8 @@ extern "C" {
 
 void simt_seed(uint64_t seed) { simt::seed(seed); }
 
+void simt_observe(void (*observer)(const simt::Observed*)) { simt::observer = observer; }
+
 int64_t simt_moment_parts(int64_t rows, int64_t dim) { return amn::cuda::moment_parts(rows, dim); }
 
 int64_t simt_sum_parts(int64_t rows) { return amn::cuda::sum_parts(rows); }

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from amn_kernels.options import DEFAULT_CHUNK_BYTES
-from amn_kernels.primitives import COLUMN_SUMS, Attention, Form, Pairs, Row, Temperature, TermList
+from amn_kernels.primitives import COLUMN_SUMS, COLUMNS, Attention, Form, Pairs, Row, Temperature, TermList
 
 from .trace import Argument, Library
 
@@ -78,6 +78,12 @@ def _matrix(x: Tensor | None) -> Argument:
     assert grouped.shape[-1] == 1 or grouped.stride(-1) == 1
     group_stride = grouped.stride(0) if x.dim() == 3 else 0
     return Argument(_Matrix(x.data_ptr(), _DTYPES[x.dtype], *grouped.shape, group_stride, grouped.stride(1)), (x,))
+
+
+def is_matrix(argument: Argument) -> bool:
+    """Whether it is one along rows, [N, D] or [N, K]: no vector, and not the few numbers of each column."""
+    x = argument.value
+    return isinstance(x, _Matrix) and x.groups * x.rows > COLUMNS and x.cols > 1
 
 
 def _by_group(x: Tensor) -> Argument:

@@ -445,6 +445,8 @@ void seed(uint64_t seed) { random_state = seed * 0x9e3779b97f4a7c15ull | 1; }
 
 int lane() { return running->index % 32; }
 
+void (*observer)(const Observed*) = nullptr;
+
 static int64_t launched = 0;
 
 int64_t launches() { return launched; }

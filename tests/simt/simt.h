@@ -18,6 +18,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <tuple>
+#include <typeinfo>
 
 #include "cuda_types.h"
 
@@ -57,9 +59,39 @@ int lane();
 void seed(uint64_t seed);
 int64_t launches();  // of kernels, so far
 
-template <class Body>
-void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, const Body& body) {
-  launch(kernel, grid, block, dynamic_bytes, [](const void* f) { (*static_cast<const Body*>(f))(); }, &body);
+// What an observer is told of a launch before it runs: `instance` is the mangled name of Instance<kernel>, template
+// arguments included, and the parameters are the bytes that a kernel would get on the device.
+struct Observed {
+  const char* instance;
+  dim3 grid, block;
+  size_t count;
+  const void* const* parameters;
+  const size_t* sizes;
+};
+extern void (*observer)(const Observed*);  // null: there is none
+
+template <auto kernel>
+struct Instance {};
+
+// As on the device the parameters are copied at the launch, converted to what the kernel declares.
+template <auto kernel, class... Parameters, class... Arguments>
+void launch(
+    void (*)(Parameters...), const char* name, dim3 grid, dim3 block, size_t dynamic_bytes, const Arguments&... arguments) {
+  const std::tuple<Parameters...> parameters(arguments...);
+  if (observer != nullptr) {
+    std::apply(
+        [&](const Parameters&... each) {
+          const void* const values[] = {&each...};
+          const size_t sizes[] = {sizeof each...};
+          const Observed launch{typeid(Instance<kernel>).name(), grid, block, sizeof...(each), values, sizes};
+          observer(&launch);
+        },
+        parameters);
+  }
+  const auto call = [](const void* given) {
+    std::apply(kernel, *static_cast<const std::tuple<Parameters...>*>(given));
+  };
+  launch(name, grid, block, dynamic_bytes, call, &parameters);
 }
 
 }  // namespace simt
@@ -135,7 +167,7 @@ inline int __all_sync(uint32_t mask, int predicate, SIMT_PLACE) {
 // The macros of launch.h. A static array is one per block and place in the source (and instance of a template), as on
 // the device.
 #define AMN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ((void)(stream), simt::launch(#kernel, grid, block, shared_bytes, [&] { kernel(__VA_ARGS__); }))
+  ((void)(stream), simt::launch<(kernel)>(kernel, #kernel, grid, block, shared_bytes, __VA_ARGS__))
 #define AMN_SHARED(type, name, count)                                                                   \
   static const char name##_key = 0;                                                                     \
   type* const name = static_cast<type*>(simt::shared_memory(                                            \

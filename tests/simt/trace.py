@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 
 from torch import Tensor
 
-from .build import library
+from .build import Build, library
 
 
 class Argument(NamedTuple):
@@ -27,8 +27,8 @@ class Argument(NamedTuple):
 class Library:
     """The launchers, run by the shim; recorded in `trace` where that is a file."""
 
-    def __init__(self, seed: int = 1, trace: BinaryIO | None = None):
-        self._library = ctypes.CDLL(str(library()))
+    def __init__(self, seed: int = 1, trace: BinaryIO | None = None, build: Build = Build.PLAIN):
+        self._library = ctypes.CDLL(str(library(build)))
         self._library.simt_call.restype = ctypes.c_char_p
         self._library.simt_seed(ctypes.c_uint64(seed))
         self._trace = trace
