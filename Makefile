@@ -8,7 +8,8 @@
 #   make bench   speed and memory against eager PyTorch and torch.compile, and the table of it in the README
 #   make bench-peers   the same for other libraries, over rows, dimensions and dtypes: hours
 #   make profile       where the time of a step goes, part by part
-#   make kernels-check   registers, spills and occupancy of the compiled GPU kernels; make cost   their bytes, counted
+#   make kernels-check   registers, spills, occupancy and bank conflicts of the compiled GPU kernels
+#   make cost    bytes, operations and launches of the GPU kernels, counted
 #   make test-gpu, make bench-gpu   on a CUDA device: the tests that need one, and speed against what people run
 #   make test-simt, test-simt-asan, test-simt-tsan   the CUDA kernels on the CPU: values, addresses, races (tests/simt)
 #   make mutations   errors put into kernels and algorithm, and which of these notices: docs/mutations.md

@@ -3,10 +3,12 @@
 import dataclasses
 import importlib
 import pkgutil
+import re
 
 import pytest
 import torch
-from kernels_check import triton_kernels
+from kernels_check import banks, cuda_kernels, triton_kernels
+from kernels_check.banks import Banks
 from kernels_check.report import KernelReport, occupancy
 
 import amn_kernels.triton
@@ -42,14 +44,64 @@ def test_a_good_kernel_has_no_complaints():
     [
         ({"spill_bytes": 8}, "spills 8 bytes"),
         ({"shared_bytes": 228 << 10}, "shared memory"),
-        ({"occupancy": 0.49}, "occupancy 49%"),
+        ({"occupancy": 0.49}, "occupancy 49.0%"),
         ({"failures": ("no 128-bit load",)}, "no 128-bit load"),
+        ({"banks": Banks(2, 3, 4)}, "a bank conflict of 2 ways"),
+        ({"banks": Banks(1, 0, 4)}, "none of 4 accesses"),
     ],
 )
 def test_complaints_name_the_kernel_and_what_is_wrong(change, word):
     (complaint,) = dataclasses.replace(GOOD, **change).complaints()
     assert complaint.startswith("triton row_stats, bf16, sm_90: ")
     assert word in complaint
+
+
+needs_nvcc = pytest.mark.skipif(cuda_kernels.why_unavailable() is not None, reason=f"{cuda_kernels.why_unavailable()}")
+needs_cuxray = pytest.mark.skipif(banks.why_unavailable() is not None, reason=f"{banks.why_unavailable()}")
+
+STRIDED = """
+namespace amn::cuda { namespace {
+__global__ void __launch_bounds__(256) sum_rows_kernel(float* x) {
+  __shared__ float tile[256 * STRIDE];
+  tile[threadIdx.x * STRIDE] = x[threadIdx.x];
+  __syncthreads();
+  x[threadIdx.x] = tile[(255 - threadIdx.x) * STRIDE];
+}
+}
+void launch(float* x) { sum_rows_kernel<<<1, 256>>>(x); }
+}
+"""
+
+
+@needs_nvcc
+@needs_cuxray
+@pytest.mark.parametrize(("stride", "ways"), [(1, 1), (32, 32)])
+def test_bank_conflicts_are_found(tmp_path, stride, ways):
+    source = tmp_path / "strided.cu"
+    source.write_text(STRIDED.replace("STRIDE", str(stride)))
+    of_arch = {report.arch: report for report in cuda_kernels.reports_of(source, tmp_path, reduced=True)}
+    assert of_arch[90].banks == Banks(ways, 2, 2)
+    assert [word in str(of_arch[90].complaints()) for word in ("32 ways", "occupancy")] == [ways == 32, False]
+
+
+def test_every_cuda_kernel_has_a_block_and_a_floor():
+    defined = set()
+    for source in cuda_kernels.SOURCES.glob("*.cu"):
+        defined |= set(re.findall(r"\b(\w+_kernel)\(", source.read_text()))
+    assert defined == set(cuda_kernels.BLOCKS) == set(cuda_kernels.FLOORS)
+
+
+@pytest.mark.parametrize("name", cuda_kernels.FLOORS)
+def test_occupancy_below_the_floor_is_a_complaint(name):
+    mangled = f"_ZN3amn4cuda12_GLOBAL__N_1{len(name)}{name}IfEEvPKT_"
+
+    def complaints(registers, shared):
+        numbers = {"registers": registers, "shared": shared, "stack": 0}
+        return cuda_kernels._report(mangled, 90, numbers, {}, None).complaints()
+
+    assert complaints(16, 0) == []
+    # A single thread or warp is held up by shared memory sooner than by registers.
+    assert "occupancy" in str(complaints(255, 64 << 10))
 
 
 needs_triton = pytest.mark.skipif(

@@ -6,6 +6,8 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from .banks import Banks
+
 ARCHITECTURES = (80, 90, 100, 120)
 """Compute capabilities that kernels are compiled for: A100, H100 and H200, B200, RTX 50."""
 
@@ -50,6 +52,8 @@ class KernelReport:
     """What is wrong with it beyond the numbers above, as found in its code."""
     min_occupancy: float = 0.0
     """What the occupancy must reach: 0.5 for kernels that wait for memory, 0 for those that multiply matrices."""
+    banks: Banks | None = None
+    """None where there is no shared memory, or nobody looked."""
 
     def complaints(self) -> list[str]:
         """Why this kernel is not acceptable; empty if it is."""
@@ -61,7 +65,13 @@ class KernelReport:
                 f"needs {self.shared_bytes:,} bytes of shared memory of {_LIMITS[self.arch].shared_per_block:,}"
             )
         if self.occupancy < self.min_occupancy:
-            found.append(f"occupancy {self.occupancy:.0%}, wanted {self.min_occupancy:.0%}")
+            found.append(f"occupancy {self.occupancy:.1%}, wanted {self.min_occupancy:.1%}")
+        if self.banks and self.banks.ways > 1:
+            found.append(f"a bank conflict of {self.banks.ways} ways in shared memory")
+        if self.banks and self.banks.accesses and not self.banks.analysed:
+            found.append(
+                f"none of {self.banks.accesses} accesses to shared memory could be analysed for bank conflicts"
+            )
         return [f"{self.backend} {self.name}, {self.dtype}, sm_{self.arch}: {complaint}" for complaint in found]
 
 
@@ -84,15 +94,17 @@ def print_table(reports: list[KernelReport]) -> None:
     )
     for column in ("kernel", "backend", "input", "sm"):
         table.add_column(column)
-    for column in ("registers", "shared\nbytes", "spilled\nbytes", "occupancy"):
+    for column in ("registers", "shared\nbytes", "spilled\nbytes", "occupancy\nof least", "worst bank ways,\nanalysed"):
         table.add_column(column, justify="right")
     table.add_column("notes")
     for report in reports:
         table.add_row(
             report.name, report.backend, report.dtype, str(report.arch), str(report.registers),
-            f"{report.shared_bytes:,}", str(report.spill_bytes), f"{report.occupancy:.0%}", report.notes,
+            f"{report.shared_bytes:,}", str(report.spill_bytes), f"{report.occupancy:.0%} {report.min_occupancy:.0%}",
+            f"{report.banks.ways}, {report.banks.analysed} of {report.banks.accesses}" if report.banks else "",
+            report.notes,
         )  # fmt: skip
-    console = Console(width=max(120, Console().width))
+    console = Console(width=max(150, Console().width))
     console.print(table)
 
 
