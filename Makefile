@@ -10,6 +10,7 @@
 #   make profile       where the time of a step goes, part by part
 #   make kernels-check   registers, spills, occupancy and bank conflicts of the compiled GPU kernels
 #   make cost    bytes, operations and launches of the GPU kernels, counted
+#   make ptx-proof   barriers and races in the PTX of the CUDA kernels: docs/ptx_proof.md (minutes)
 #   make test-gpu, make bench-gpu   on a CUDA device: the tests that need one, and speed against what people run
 #   make test-simt, test-simt-asan, test-simt-tsan   the CUDA kernels on the CPU: values, addresses, races (tests/simt)
 #   make mutations   errors put into kernels and algorithm, and which of these notices: docs/mutations.md
@@ -26,7 +27,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
 .PHONY: demo test test-full test-distributed test-triton test-simt test-simt-asan test-simt-tsan fuzz wheels examples \
   docs lint types bench profile bench-peers bench-ring bench-train build clean
-.PHONY: kernels-check mutations cost test-gpu bench-gpu
+.PHONY: kernels-check ptx-proof mutations cost test-gpu bench-gpu
 
 demo: $(VENV)/.built
 	$(BIN)/amn-kernels demo --overwrite
@@ -96,6 +97,9 @@ bench-train: build
 
 kernels-check: build
 	$(BIN)/python -m tests.kernels_check $(CHECK_ARGS)
+
+ptx-proof: build
+	$(BIN)/python -m tests.ptx_proof
 
 cost: build
 	$(BIN)/python -m bench.cost
