@@ -4,6 +4,7 @@ import argparse
 import importlib
 import sys
 
+from . import banks
 from .report import print_table
 
 BACKENDS = ("triton_kernels", "cuda_kernels")
@@ -16,6 +17,8 @@ def main() -> int:
     parser.add_argument("--reduced", action="store_true", help="fewer dtypes per architecture, as in CI")
     arguments = parser.parse_args()
 
+    if reason := banks.why_unavailable():
+        print(f"bank conflicts: not looked for, {reason}")
     complaints = []
     for name in BACKENDS:
         backend = importlib.import_module(f".{name}", __package__)

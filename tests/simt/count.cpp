@@ -35,11 +35,15 @@ struct Piece {
   Traffic read, written;
 };
 
-std::vector<Piece> pieces;
+// There from the first access on to the last: those of static objects' constructors and destructors come here too.
+std::vector<Piece>& pieces() {
+  static auto* const all = new std::vector<Piece>;
+  return *all;
+}
 
 void see(const void* address, size_t bytes, bool writes) {
   const auto at = reinterpret_cast<uintptr_t>(address);
-  for (Piece& piece : pieces) {
+  for (Piece& piece : pieces()) {
     if (at < piece.begin || at >= piece.end) continue;
     const uint64_t block = blockIdx.x + uint64_t{gridDim.x} * (blockIdx.y + uint64_t{gridDim.y} * blockIdx.z);
     const size_t first = at - piece.begin;
@@ -54,13 +58,13 @@ extern "C" {
 
 // From now on accesses to these `count` pieces of memory are counted; ends: first and last address of each.
 void simt_watch(const size_t* ends, size_t count) {
-  pieces.clear();
-  for (size_t i = 0; i < count; ++i) pieces.push_back({ends[2 * i], ends[2 * i + 1], {}, {}});
+  pieces().clear();
+  for (size_t i = 0; i < count; ++i) pieces().push_back({ends[2 * i], ends[2 * i + 1], {}, {}});
 }
 
 // Accessed, of blocks and distinct, read and then written, of each piece; counting starts anew.
 void simt_take_counts(int64_t* out) {
-  for (Piece& piece : pieces) {
+  for (Piece& piece : pieces()) {
     for (Traffic* traffic : {&piece.read, &piece.written}) {
       for (const int64_t x : {traffic->accessed, traffic->of_blocks, traffic->distinct}) *out++ = x;
       *traffic = {};

@@ -87,6 +87,7 @@ class CountingLibrary(ObservingLibrary):
         super().call(name, *arguments)
         if len(self.launches) > before:
             self._take()
+        self._library.simt_watch(None, c_size_t(0))  # the memory may be somebody else's from now on
 
     def _observe(self, launch: "_Observed") -> None:
         if len(self.traffic) < len(self.launches):
