@@ -35,12 +35,16 @@ class ObservingLibrary(Library):
         super().__init__(build=build)
         self.launches: list[Launch] = []
         self._arguments: tuple[Argument, ...] = ()
-        self._see = _OBSERVER(lambda launch: self._observe(launch.contents))  # kept: the library only has its address
-        self._library.simt_observe(self._see)
 
     def call(self, name: str, *arguments: Argument) -> None:
         self._arguments = arguments
-        super().call(name, *arguments)
+        # Only for the call: others use the same library, and this function ends with us.
+        see = _OBSERVER(lambda launch: self._observe(launch.contents))
+        self._library.simt_observe(see)
+        try:
+            super().call(name, *arguments)
+        finally:
+            self._library.simt_observe(None)
 
     def _observe(self, launch: "_Observed") -> None:
         parameters = [ctypes.string_at(launch.parameters[i], launch.sizes[i]) for i in range(launch.count)]
