@@ -1,6 +1,9 @@
 // The ops of ops.cpp over the two halves of seq_loss.h: autograd, and weights that are balanced on the way.
 #include <ATen/ATen.h>
+#include <ATen/SavedTensorHooks.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -64,6 +67,15 @@ Forward seq_loss_forward(
       extra_negatives.value_or(Tensor()), chunk_bytes, needs);
 }
 
+Incoming incoming_of(
+    const OptionalTensor& grad_loss, const OptionalTensor& weights, const OptionalTensor& grad_values,
+    at::ScalarType real) {
+  const auto in_real = [&](const OptionalTensor& x) {
+    return x.has_value() && x->defined() ? x->to(real).contiguous() : Tensor();
+  };
+  return {in_real(grad_loss), in_real(weights), in_real(grad_values)};
+}
+
 // mask and ids are in the scalars already; the arguments serve the double backward, registered in Python.
 std::vector<Tensor> seq_loss_backward(
     const OptionalTensor& grad_loss, const OptionalTensor& weights, const OptionalTensor& grad_values,
@@ -74,12 +86,9 @@ std::vector<Tensor> seq_loss_backward(
     int64_t needs) {
   const Options options = make_options(
       terms, monitored, temperature, learned_temperature, both, negatives, positives_by_id, margin, variance_target);
-  const auto real = [&](const OptionalTensor& x) {
-    return x.has_value() && x->defined() ? x->to(attention.scalar_type()).contiguous() : Tensor();
-  };
   return backward(
-      options, {real(grad_loss), real(weights), real(grad_values)}, pred, target, extra_negatives.value_or(Tensor()),
-      rows, attention, columns, needs);
+      options, incoming_of(grad_loss, weights, grad_values, attention.scalar_type()), pred, target,
+      extra_negatives.value_or(Tensor()), rows, attention, columns, needs, /*reuses_attention=*/false);
 }
 
 // The dispatcher's handles, so that tracing sees these as ops.
@@ -101,6 +110,25 @@ const auto& balance_op() {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("amn_kernels::_balance", "").typed<decltype(balance)>();
   return op;
+}
+
+// Whether somebody follows the ops: a mode (tracing, fake tensors), or a tensor that is more than memory of a device.
+bool are_observed(const variable_list& tensors) {
+  constexpr auto kOfAutograd = c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset;
+  const auto is_plain = [&](const Tensor& x) {
+    const auto key = x.defined() ? (x.key_set() - kOfAutograd).highestPriorityTypeId() : c10::DispatchKey::CPU;
+    return key == c10::DispatchKey::CPU || key == c10::DispatchKey::CUDA;
+  };
+  return c10::impl::dispatch_mode_enabled() || !std::all_of(tensors.begin(), tensors.end(), is_plain);
+}
+
+// Whether hooks get what is saved now, and may hold it.
+bool saving_is_hooked() { return !at::SavedTensorDefaultHooks::get_tls_state().stack.empty(); }
+
+// Whether the node that runs, which has unpacked what it saved without hooks into x, is the last one to see it: the
+// graph goes, and nobody else holds it.
+bool is_last_use(const Tensor& x) {
+  return !torch::autograd::get_current_graph_task_keep_graph() && x.use_count() <= 2 && x.storage().use_count() == 1;
 }
 
 bool needs_gradient(const OptionalTensor& x) { return x.has_value() && x->defined() && x->requires_grad(); }
@@ -149,7 +177,7 @@ class SeqLoss : public torch::autograd::Function<SeqLoss> {
     ctx->saved_data["terms"] = terms;
     ctx->saved_data["monitored"] = monitored;
     ctx->saved_data["numbers"] = std::vector<double>{temperature, margin, variance_target};
-    ctx->saved_data["choices"] = std::vector<int64_t>{both, negatives, positives_by_id, needs};
+    ctx->saved_data["choices"] = std::vector<int64_t>{both, negatives, positives_by_id, needs, saving_is_hooked()};
     ctx->set_materialize_grads(false);  // gram and metrics have no gradient; zeros for them would be made in vain
     variable_list results{out.loss, out.values, out.gram, out.metrics};
     variable_list constant{out.gram, out.metrics};
@@ -168,20 +196,28 @@ class SeqLoss : public torch::autograd::Function<SeqLoss> {
     const auto optional = [](const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; };
     const std::vector<double> numbers = ctx->saved_data["numbers"].toDoubleVector();
     const std::vector<int64_t> choices = ctx->saved_data["choices"].toIntVector();
+    const std::vector<int64_t> terms = ctx->saved_data["terms"].toIntVector();
+    const std::vector<int64_t> monitored = ctx->saved_data["monitored"].toIntVector();
     const int64_t needs = choices[3];
+    const bool hooked = choices[4] != 0;
     const auto gradients = [&] {
       return backward_op().call(
           optional(grads[0]), optional(saved[2]), optional(grads[1]), saved[0], saved[1], optional(saved[3]),
-          optional(saved[4]), optional(saved[5]), optional(saved[6]), saved[7], saved[8], saved[9],
-          ctx->saved_data["terms"].toIntVector(), ctx->saved_data["monitored"].toIntVector(), numbers[0], choices[0],
-          choices[1], choices[2], numbers[1], numbers[2], needs);
+          optional(saved[4]), optional(saved[5]), optional(saved[6]), saved[7], saved[8], saved[9], terms, monitored,
+          numbers[0], choices[0], choices[1], choices[2], numbers[1], numbers[2], needs);
     };
     std::vector<Tensor> out;
     if (at::GradMode::is_enabled()) {
       out = gradients();  // create_graph: the op's own autograd formula, registered in Python, goes on from here
-    } else {
-      at::AutoDispatchBelowADInplaceOrView below;
+    } else if (at::AutoDispatchBelowADInplaceOrView below; are_observed(saved) || are_observed(grads)) {
       out = gradients();
+    } else {
+      const Tensor& attention = saved[8];
+      const Options options = make_options(
+          terms, monitored, numbers[0], saved[6], choices[0], choices[1], choices[2], numbers[1], numbers[2]);
+      out = amn::backward(
+          options, incoming_of(grads[0], saved[2], grads[1], attention.scalar_type()), saved[0], saved[1], saved[5],
+          saved[7], attention, saved[9], needs, /*reuses_attention=*/!hooked && is_last_use(attention));
     }
     // Positions of pred, target, extra_negatives and learned_temperature among the inputs.
     constexpr int64_t kPosition[] = {0, 1, 6, 7};

@@ -32,7 +32,7 @@ TermList term_list(at::IntArrayRef terms, at::IntArrayRef differentiable) {
 
 void row_stats(
     const Tensor& pred, const Tensor& target, const Tensor& rows, const Tensor& key_scale, bool both, bool by_id) {
-  primitives_for(pred).row_stats(pred, target, rows, key_scale, /*weight=*/-1, {both, by_id});
+  primitives_for(pred).row_stats(pred, target, rows, key_scale, /*weight=*/-1, {both, by_id}, {}, {});
 }
 
 void softmax_rows_(

@@ -37,7 +37,8 @@ struct Incoming {
 };
 
 struct Primitives {
-  // Pred, target and gradient may have any floating dtype, each its own; else they are `real`.
+  // Pred and target may have any floating dtype in every primitive, and 16-bit rows are multiplied as they are; else
+  // only row_stats and row_combine take any.
   bool any_dtype;
 
   // Called with a fresh tensor that is about to be written whole.
@@ -45,13 +46,16 @@ struct Primitives {
 
   // Fills kInvPred ... kPredDiff from kWeight, and kMax, kOthers, kKeys and all that is p.o ... o.o as for an empty
   // set of keys; of the options that are on also kColMax, kColOthers, kPositives ... kNegativeMax. Masked rows are 0.
+  // Unless `any_dtype`, they may hold NaN, and copies may be asked for, which can be multiplied.
   void (*row_stats)(
-      const at::Tensor& pred,        // [M, D] real, masked rows zeroed
-      const at::Tensor& target,      // [M, D] real, the same
+      const at::Tensor& pred,        // [M, D] any floating dtype
+      const at::Tensor& target,      // [M, D] the same
       const at::Tensor& rows,        // [kRowScalars, M]
       const at::Tensor& key_scale,   // [M] real, out: 1/|t|, or -1 for a masked row: no key
       double weight,                 // > 0: kWeight of every row, filled too; else kWeight is given
-      const InfonceForm& form);
+      const InfonceForm& form,
+      const at::Tensor& pred_copy,     // [M, D] real, out: the rows of pred, masked ones 0; or undefined
+      const at::Tensor& target_copy);  // [M, D] real, the same of target
 
   // The plain softmax, of which blocks merge. In place: logits hold p_i.k_j on entry and exp(s_ij - max_i)/|k_j| on
   // return, 0 for the own key and for keys left out. Merges the block into kMax, kOthers, kKeys; what was summed with
@@ -160,17 +164,17 @@ struct Primitives {
 
   // grad = a p + b d + c o with per-row a, b, c from the incoming gradients of the values, and the columns' part;
   // where the norms of p and t are so different that d would lose the smaller vector, the cosine's part is given by p
-  // and t. 0 for a masked row, which is not read.
+  // and t. 0 for a masked row, which is not read. `grad` may be the attention itself.
   void (*row_combine)(
       const Incoming& incoming,
-      const at::Tensor& pred,         // [M, D] real
-      const at::Tensor& target,       // [M, D] real
+      const at::Tensor& pred,         // [M, D] any floating dtype
+      const at::Tensor& target,       // [M, D] the same
       const at::Tensor& attention,    // [M, D] real, or [0, D] without infonce
       const at::Tensor& columns,      // [kColumns, D] real, or [0, D] without terms of columns
       const at::Tensor& rows,         // [kRowScalars, M]
       const TermList& terms,
       const Temperature& temperature,
-      const at::Tensor& grad);        // [M, D] real, out
+      const at::Tensor& grad);        // [M, D] any floating dtype, out
 
   // grad = -sum over the rows of weight/|p| p.o / temperature^2, times what arrives at InfoNCE.
   void (*temperature_grad)(

@@ -32,7 +32,10 @@ inline Tensor rows_of(const Tensor& x, const Chunk& chunk) {
   return part(x.dim() == 3 ? x.select(0, chunk.group) : x, 0, chunk.begin, chunk.count);
 }
 
-// The rows of [N, D] or [B, T, D] by group, read chunk by chunk in one dtype.
+// x with unit stride along D, which the primitives need.
+inline Tensor with_unit_stride(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
+
+// The rows of [N, D] or [B, T, D], with unit stride along D, by group, read chunk by chunk in one dtype.
 class Rows {
  public:
   Rows(const Tensor& x, int64_t negatives, at::ScalarType dtype, const Tensor& mask = {})
@@ -44,15 +47,22 @@ class Rows {
   int64_t dim() const { return x_.size(-1); }
   at::ScalarType dtype() const { return dtype_; }
 
-  // True if chunks are views: nothing has to be widened, zeroed or made contiguous along D.
-  bool direct() const {
-    return !mask_.defined() && x_.scalar_type() == dtype_ && (x_.stride(-1) == 1 || x_.size(-1) == 1);
+  // True if chunks are views: nothing has to be widened or zeroed.
+  bool direct() const { return !mask_.defined() && x_.scalar_type() == dtype_; }
+
+  // All rows as they were given, [M, D] or [G, M, D]. Masked ones may hold NaN.
+  const Tensor& given() const { return x_; }
+
+  // From now on, rows come from a copy of the sizes of `given`, in the dtype, with masked rows zeroed.
+  void keep(const Tensor& copy) {
+    x_ = copy;
+    mask_.reset();
   }
 
   Tensor chunk(const Chunk& chunk) const {  // [M, D] or [G, M, D]
     const Tensor view = rows_of(x_, chunk);
     if (direct()) return view;
-    const Tensor rows = view.to(dtype_).contiguous();
+    const Tensor rows = view.to(dtype_);
     // Masked rows may hold NaN, and 0 * NaN poisons a matrix product.
     return mask_.defined() ? rows.masked_fill(rows_of(mask_, chunk).logical_not(), 0) : rows;
   }
@@ -110,10 +120,11 @@ inline void multiply(const Tensor& out_, const Tensor& a, const Tensor& b, bool 
   }
 }
 
-// Scratch memory that is taken in one size or another.
+// Scratch memory that is taken in one size or another; none for 0.
 class Scratch {
  public:
-  Scratch(int64_t numel, const at::TensorOptions& options) : memory_(at::empty({numel}, options)) {}
+  Scratch(int64_t numel, const at::TensorOptions& options)
+      : memory_(numel > 0 ? at::empty({numel}, options) : Tensor()) {}
   const Tensor& memory() const { return memory_; }
   Tensor take(at::IntArrayRef sizes) const { return part(memory_, 0, 0, c10::multiply_integers(sizes)).view(sizes); }
 

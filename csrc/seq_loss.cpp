@@ -17,8 +17,9 @@
 //   backward  row_combine                    grad = a p + b d + c o
 //
 // S exists one chunk at a time, within chunk_bytes, and no normalised copy does: norms are folded into the softmax.
-// On a GPU pred and target are read in their own dtype, and the products of the plain form take 16-bit rows as they are
-// and sum in float32; on the CPU, and in the general form, rows are widened first.
+// pred and target are read, and gradients written, in their own dtype. On a GPU the products of the plain form take
+// 16-bit rows as they are and sum in float32; on the CPU, and in the general form, they take float32: on the CPU
+// row_stats leaves a copy of the rows as it reads them.
 // Rows are numbered group after group, whatever the memory layout of the input.
 #include "seq_loss.h"
 
@@ -39,13 +40,12 @@ Forward forward(
   const Tensor group_mask = by_group(mask);
   // Rows that a device reads as they are: masked ones, which may hold NaN, are zeroed once and not chunk by chunk.
   const auto rows_in = [&](const Tensor& x, at::ScalarType read_as) {
-    if (!prim.any_dtype) return Rows(x, options.negatives, read_as, group_mask);
-    Tensor clean = mask.defined() ? x.masked_fill(mask.logical_not().unsqueeze(-1), 0) : x;
-    if (clean.stride(-1) != 1) clean = clean.contiguous();
-    return Rows(clean, options.negatives, read_as);
+    if (!prim.any_dtype) return Rows(with_unit_stride(x), options.negatives, read_as, group_mask);
+    const Tensor clean = mask.defined() ? x.masked_fill(mask.logical_not().unsqueeze(-1), 0) : x;
+    return Rows(with_unit_stride(clean), options.negatives, read_as);
   };
   const auto as_it_is = [&](const Tensor& x) { return prim.any_dtype ? x.scalar_type() : dtype; };
-  const Rows p = rows_in(pred, as_it_is(pred)), t = rows_in(target, as_it_is(target));
+  Rows p = rows_in(pred, as_it_is(pred)), t = rows_in(target, as_it_is(target));
   const int64_t n = p.size(), dim = p.dim(), size = p.group_size();
   const bool has_infonce = options.terms.has(kInfonce), attends = needs != 0 && options.terms.sends(kInfonce);
   const bool plain = !options.form.both && !options.form.positives_by_id &&
@@ -74,21 +74,23 @@ Forward forward(
   // Scale of the keys of every group: its rows, then the extra negatives.
   const Tensor key_scale =
       p.groups() > 1 ? at::empty({p.groups(), size + extra_keys}, real) : at::empty({size + extra_keys}, real);
+  // A copy of pred only where that is one chunk, else it is made chunk by chunk; of target, which every chunk meets.
+  const auto copy_of = [&](const Rows& x, bool wanted) {
+    return wanted && !x.direct() ? at::empty(x.given().sizes(), real) : Tensor();
+  };
+  const Tensor pred_copy = copy_of(p, n <= kChunkRows), target_copy = copy_of(t, n <= kChunkRows || has_infonce);
+  prim.row_stats(
+      p.given(), t.given(), rows, part(key_scale, -1, 0, size), weight, options.form, pred_copy, target_copy);
+  if (pred_copy.defined()) p.keep(pred_copy);
+  if (target_copy.defined()) t.keep(target_copy);
   const bool direct = p.direct() && t.direct();
-  for_chunks(p, direct, [&](const Chunk& chunk) {
-    const Tensor scale = chunk.groups > 1 || p.groups() == 1 ? key_scale : key_scale.select(0, chunk.group);
-    const Tensor groups = chunk.groups > 1 ? part(scale, 0, chunk.group, chunk.groups) : scale;
-    prim.row_stats(
-        p.chunk(chunk), t.chunk(chunk), Infonce::scalars_of(rows, chunk, size),
-        part(groups, -1, chunk.begin, chunk.count), weight, options.form);
-  });
 
   Tensor extra_rows;
   if (extra_keys > 0 && has_infonce) {
     extra_rows = extra_section ? all_rows.narrow(1, n + target_section, extra_keys)
                                : at::empty({all_rows.size(0), extra_keys}, doubles);
     const Tensor scale = p.groups() > 1 ? at::empty({extra_keys}, real) : part(key_scale, -1, size, extra_keys);
-    prim.row_stats(extra, extra, extra_rows, scale, /*weight=*/1.0 / n, options.form);
+    prim.row_stats(extra, extra, extra_rows, scale, /*weight=*/1.0 / n, options.form, {}, {});
     if (mask.defined()) extra_rows.select(0, kWeight).copy_(rows.select(0, kWeight).amax());  // of a row that counts
     if (p.groups() > 1) part(key_scale, -1, size, extra_keys).copy_(scale);
   }
@@ -153,12 +155,10 @@ Forward forward(
 std::vector<Tensor> backward(
     const Options& options, const Incoming& incoming, const Tensor& pred, const Tensor& target,
     const Tensor& extra_negatives, const Tensor& all_rows, const Tensor& attention, const Tensor& columns,
-    int64_t needs) {
+    int64_t needs, bool reuses_attention) {
   const Primitives& prim = primitives_for(pred);
-  const at::ScalarType real = attention.scalar_type();
   const auto rows_in = [&](const Tensor& x, int64_t negatives) {
-    if (!prim.any_dtype) return Rows(x, negatives, real);
-    return Rows(x.stride(-1) == 1 ? x : x.contiguous(), negatives, x.scalar_type());
+    return Rows(with_unit_stride(x), negatives, x.scalar_type());
   };
   const Rows p = rows_in(pred, options.negatives), t = rows_in(target, options.negatives);
   const int64_t n = p.size();
@@ -168,19 +168,17 @@ std::vector<Tensor> backward(
   // The gradient of x, where y is its partner: pred and target, or target and pred.
   const auto combine = [&](const Tensor& like, const Rows& x, const Rows& y, const Tensor& rows, const Tensor& o,
                            const Tensor& c, const TermList& terms) {
-    const Tensor grad = at::empty(like.sizes(), like.options().memory_format(at::MemoryFormat::Contiguous));
-    prim.prepare(grad);
-    const Tensor grouped = Rows::grouped(grad, options.negatives, like.dim() - 1);
-    const bool direct = x.direct() && y.direct() && (prim.any_dtype || grad.scalar_type() == real);
-    for_chunks(x, direct, [&](const Chunk& chunk) {
-      const Tensor out = rows_of(grouped, chunk);
-      const bool writes = prim.any_dtype || out.scalar_type() == real;
-      const Tensor result = writes ? out : at::empty(out.sizes(), attention.options());
-      prim.row_combine(
-          incoming, x.chunk(chunk), y.chunk(chunk), o.size(0) ? Infonce::view_rows(o, chunk, x.group_size()) : o, c,
-          Infonce::scalars_of(rows, chunk, x.group_size()), terms, options.temperature, result);
-      if (!result.is_same(out)) out.copy_(result);
-    });
+    // The gradient in place of the attention, where that is one tensor for it alone with the rows in its order.
+    const bool in_place = reuses_attention && o.size(0) > 0 && o.size(0) == attention.size(0) &&
+                          like.scalar_type() == o.scalar_type() && (like.dim() == 2 || options.negatives != kStep);
+    const Tensor grad =
+        in_place ? o.view(like.sizes())
+                 : at::empty(like.sizes(), like.options().memory_format(at::MemoryFormat::Contiguous));
+    if (!in_place) prim.prepare(grad);
+    const Chunk all{0, x.groups(), 0, x.group_size()};
+    prim.row_combine(
+        incoming, x.given(), y.given(), o.size(0) ? Infonce::view_rows(o, all, x.group_size()) : o, c, rows, terms,
+        options.temperature, Rows::grouped(grad, options.negatives, like.dim() - 1));
     return grad;
   };
 

@@ -35,10 +35,11 @@ Forward forward(
     const at::Tensor& mask, const at::Tensor& ids, const at::Tensor& extra_negatives, int64_t chunk_bytes,
     int64_t needs);
 
-// The gradients that `needs` names, in the order of enum Needs.
+// The gradients that `needs` names, in the order of enum Needs. With `reuses_attention` they may take
+// the place of the attention, which is not needed afterwards.
 std::vector<at::Tensor> backward(
     const Options& options, const Incoming& incoming, const at::Tensor& pred, const at::Tensor& target,
     const at::Tensor& extra_negatives, const at::Tensor& all_rows, const at::Tensor& attention,
-    const at::Tensor& columns, int64_t needs);
+    const at::Tensor& columns, int64_t needs, bool reuses_attention);
 
 }  // namespace amn

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "tensors.h"
 
@@ -40,15 +41,18 @@ KeyPairs<T> pairs_of(const Pairs& pairs, int64_t group, int64_t rows) {
 
 void row_stats(
     const Tensor& pred, const Tensor& target, const Tensor& rows, const Tensor& key_scale, double weight,
-    const InfonceForm& form) {
+    const InfonceForm& form, const Tensor& pred_copy, const Tensor& target_copy) {
   constexpr double kLowest = -std::numeric_limits<double>::infinity();
-  AT_DISPATCH_FLOATING_TYPES(pred.scalar_type(), "row_stats", [&] {
-    const auto p = const_batch<scalar_t>(pred), t = const_batch<scalar_t>(target);
+  AT_DISPATCH_FLOATING_TYPES(key_scale.scalar_type(), "row_stats", [&] {
+    const AnyBatch<scalar_t> p(pred, pred_copy), t(target, target_copy);
     const auto scale = vectors_of(key_scale, key_scale.data_ptr<scalar_t>());
-    parallel_rows(p.groups, p.rows, p.first.cols, [&](int64_t group, int64_t begin, int64_t end) {
+    const int64_t dim = pred.size(-1);
+    parallel_rows(p.groups, p.rows, dim, [&](int64_t group, int64_t begin, int64_t end) {
       const Scalars row_scalars = scalars(rows, group * p.rows);
       if (weight > 0) std::fill_n(&row_scalars.at(kWeight, begin), end - begin, weight);
-      kernels<scalar_t>().row_stats(p.of(group), t.of(group), row_scalars, scale.of(group), begin, end);
+      std::vector<scalar_t> scratch(p.converts || t.converts ? 2 * dim : 0);
+      kernels<scalar_t>().row_stats(
+          p.of(group, scratch.data()), t.of(group, scratch.data() + dim), row_scalars, scale.of(group), begin, end);
       for (int64_t i = begin; i < end; ++i) {
         if (form.both) {
           row_scalars.at(kColMax, i) = kLowest;
@@ -162,18 +166,24 @@ void row_combine(
     const Incoming& gradients, const Tensor& pred, const Tensor& target, const Tensor& attention, const Tensor& columns,
     const Tensor& rows, const TermList& terms, const Temperature& temperature, const Tensor& grad) {
   const double tau = value_of(temperature);
-  AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "row_combine", [&] {
+  AT_DISPATCH_FLOATING_TYPES(attention.scalar_type(), "row_combine", [&] {
     const auto incoming = [&](Term term) { return incoming_of<scalar_t>(gradients, terms, term); };
     const Coefficients weights{
         incoming(kMse) * 2 / pred.size(-1), incoming(kCosine), incoming(kInfonce) / tau, incoming(kMoment),
         incoming(kVariance)};
-    const auto p = const_batch<scalar_t>(pred), t = const_batch<scalar_t>(target);
+    const AnyBatch<scalar_t> p(pred), t(target);
     const auto o = const_batch<scalar_t>(attention), c = const_batch<scalar_t>(columns);
-    const auto g = batch<scalar_t>(grad);
-    parallel_rows(p.groups, p.rows, p.first.cols, [&](int64_t group, int64_t begin, int64_t end) {
+    const int64_t dim = pred.size(-1);
+    const bool narrows = grad.scalar_type() != attention.scalar_type();
+    parallel_rows(p.groups, p.rows, dim, [&](int64_t group, int64_t begin, int64_t end) {
+      std::vector<scalar_t> scratch(p.converts || t.converts || narrows ? 3 * dim : 0);
+      const AnyGrad<scalar_t> g{
+          static_cast<char*>(grad.data_ptr()) + group * group_bytes(grad), dtype_of(grad), row_bytes(grad),
+          narrows ? scratch.data() + 2 * dim : nullptr};
       kernels<scalar_t>().row_combine(
-          p.of(group), t.of(group), o.empty() ? Matrix<const scalar_t>{} : o.of(group), c.first,
-          scalars(rows, group * p.rows), weights, g.of(group), begin, end);
+          p.of(group, scratch.data()), t.of(group, scratch.data() + dim),
+          o.empty() ? Matrix<const scalar_t>{} : o.of(group), c.first, scalars(rows, group * p.rows), weights, g, begin,
+          end);
     });
   });
 }

@@ -16,6 +16,28 @@ struct Matrix {  // [rows, cols], unit stride along cols
   T* row(int64_t i) const { return data + i * stride; }
 };
 
+enum class Dtype { kFloat, kDouble, kHalf, kBfloat16 };
+
+// Rows of any floating dtype, with unit stride along cols, that are read in T.
+template <class T>
+struct AnyRows {
+  const char* data;
+  Dtype dtype;
+  int64_t stride;       // bytes
+  int64_t cols;
+  T* copy;              // where the rows are written in T as they are read; null for rows of T that are not to be copied
+  int64_t copy_stride;  // 0: all to one place
+};
+
+// The same to be written: row by row in T, then in their own dtype.
+template <class T>
+struct AnyGrad {
+  char* data;
+  Dtype dtype;
+  int64_t stride;  // bytes
+  T* row;          // [cols] scratch; null for rows of T
+};
+
 // Row scalars [kRowScalars, M]: see RowScalar in primitives.h.
 struct Scalars {
   double* data;
@@ -45,7 +67,7 @@ struct Coefficients {
 template <class T>
 struct RowKernels {
   void (*row_stats)(
-      Matrix<const T> pred, Matrix<const T> target, Scalars rows, T* key_scale, int64_t begin, int64_t end);
+      AnyRows<T> pred, AnyRows<T> target, Scalars rows, T* key_scale, int64_t begin, int64_t end);
   void (*softmax_rows_)(  // rescale may be null
       Matrix<T> logits, const T* key_scale, Scalars rows, T* rescale, KeyPairs<T> pairs, int64_t own,
       double temperature, int64_t begin, int64_t end);
@@ -69,9 +91,9 @@ struct RowKernels {
   void (*col_dots)(
       Matrix<const T> pred, Matrix<const T> target, Matrix<const T> attention, Matrix<const T> columns, Scalars rows,
       int64_t begin, int64_t end);
-  void (*row_combine)(
-      Matrix<const T> pred, Matrix<const T> target, Matrix<const T> attention, Matrix<const T> columns, Scalars rows,
-      Coefficients weights, Matrix<T> grad, int64_t begin, int64_t end);
+  void (*row_combine)(  // grad may be the attention itself
+      AnyRows<T> pred, AnyRows<T> target, Matrix<const T> attention, Matrix<const T> columns, Scalars rows,
+      Coefficients weights, AnyGrad<T> grad, int64_t begin, int64_t end);
 };
 
 // One set per instruction set; x86-64 has all three, other machines the baseline only.

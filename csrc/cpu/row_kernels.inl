@@ -2,6 +2,8 @@
 // exports it. Vectors, and the order of sums: vectors.inl.
 #include "vectors.inl"
 
+#include "convert.inl"
+
 namespace amn::cpu {
 namespace {
 
@@ -44,12 +46,15 @@ AMN_INLINE double share_of_others(double max, double others, double own) {
 
 template <class T>
 void row_stats(
-    Matrix<const T> pred, Matrix<const T> target, Scalars rows, T* key_scale, int64_t begin, int64_t end) {
+    AnyRows<T> pred, AnyRows<T> target, Scalars rows, T* key_scale, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    const T* p = pred.row(i);  // zeros where the row is masked, and so are all its scalars
-    const T* t = target.row(i);
+    const bool there = counts(rows, i);
+    const T* p = read_row(pred, i, there);
+    const T* t = read_row(target, i, there);
+    // A masked row, which may hold NaN, has the scalars of zeros.
+    const int64_t cols = there ? pred.cols : 0;
     double pp = 0, tt = 0, dd = 0, pd = 0;
-    for_blocks(0, pred.cols, [&](int64_t first, int64_t last) {
+    for_blocks(0, cols, [&](int64_t first, int64_t last) {
       Vector<T> pp_lanes{}, tt_lanes{}, dd_lanes{}, pd_lanes{};
       for_vectors<T>(first, last, [&](int64_t k, auto access) {
         const Vector<T> pk = access.load(p + k), tk = access.load(t + k), dk = pk - tk;
@@ -75,7 +80,7 @@ void row_stats(
       const T d_scale = static_cast<T>(similar ? inv_pred : 0), p_scale = static_cast<T>(similar ? 0 : inv_pred);
       const T t_scale = static_cast<T>(similar ? inv_pred * excess : inv_target);
       double square = 0;
-      for_blocks(0, pred.cols, [&](int64_t first, int64_t last) {
+      for_blocks(0, cols, [&](int64_t first, int64_t last) {
         Vector<T> lanes{};
         for_vectors<T>(first, last, [&](int64_t k, auto access) {
           const Vector<T> pk = access.load(p + k), tk = access.load(t + k);
@@ -100,7 +105,7 @@ void row_stats(
     rows.at(kPredAtt, i) = 0;
     rows.at(kDiffAtt, i) = 0;
     rows.at(kAttAtt, i) = 0;
-    key_scale[i] = static_cast<T>(counts(rows, i) ? inv_target : -1.0);
+    key_scale[i] = static_cast<T>(there ? inv_target : -1.0);
   }
 }
 
@@ -497,14 +502,15 @@ void col_dots(
 
 template <class T>
 void row_combine(
-    Matrix<const T> pred, Matrix<const T> target, Matrix<const T> attention, Matrix<const T> columns, Scalars rows,
-    Coefficients weights, Matrix<T> grad, int64_t begin, int64_t end) {
+    AnyRows<T> pred, AnyRows<T> target, Matrix<const T> attention, Matrix<const T> columns, Scalars rows,
+    Coefficients weights, AnyGrad<T> grad, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    T* g = grad.row(i);
+    char* const out = grad.data + i * grad.stride;
     if (!counts(rows, i)) {
-      std::memset(g, 0, pred.cols * sizeof(T));
+      std::memset(out, 0, pred.cols * size_of(grad.dtype));
       continue;
     }
+    T* const g = grad.row != nullptr ? grad.row : reinterpret_cast<T*>(out);
     const double weight = rows.at(kWeight, i);
     const double inv_pred = rows.at(kInvPred, i), inv_target = rows.at(kInvTarget, i);
     const double excess = rows.at(kExcess, i), one_minus_cos = rows.at(kOneMinusCos, i);
@@ -523,8 +529,8 @@ void row_combine(
       a -= infonce * inv_pred * inv_pred * inv_pred * rows.at(kPredAtt, i);
       c = infonce * inv_pred;
     }
-    const T* p = pred.row(i);
-    const T* t = target.row(i);
+    const T* p = read_row(pred, i, true);
+    const T* t = read_row(target, i, true);
     if (weights.variance != 0) a -= weights.variance * inv_pred * inv_pred * rows.at(kPredSpread, i);
     const T ai = static_cast<T>(a), bi = static_cast<T>(b), ci = static_cast<T>(c), ei = static_cast<T>(e);
     if (c != 0) {
@@ -539,15 +545,17 @@ void row_combine(
         access.store(g + k, ai * pk + bi * (pk - tk) + ei * tk);
       });
     }
-    if (weights.moment == 0 && weights.variance == 0) continue;
-    const T moment = static_cast<T>(weights.moment), spread = static_cast<T>(weights.variance * inv_pred);
-    const T unit = static_cast<T>(inv_pred);
-    for_vectors<T>(0, pred.cols, [&](int64_t k, auto access) {
-      const Vector<T> pk = access.load(p + k);
-      const Vector<T> part = moment * moment_at(columns, k, pk, access) +
-                             spread * spread_at(columns, k, pk * unit, access);
-      access.store(g + k, access.load(g + k) + part);
-    });
+    if (weights.moment != 0 || weights.variance != 0) {
+      const T moment = static_cast<T>(weights.moment), spread = static_cast<T>(weights.variance * inv_pred);
+      const T unit = static_cast<T>(inv_pred);
+      for_vectors<T>(0, pred.cols, [&](int64_t k, auto access) {
+        const Vector<T> pk = access.load(p + k);
+        const Vector<T> part = moment * moment_at(columns, k, pk, access) +
+                               spread * spread_at(columns, k, pk * unit, access);
+        access.store(g + k, access.load(g + k) + part);
+      });
+    }
+    if (grad.row != nullptr) narrow(out, grad.dtype, g, pred.cols);
   }
 }
 

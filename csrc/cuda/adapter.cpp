@@ -97,7 +97,8 @@ void prepare_memory(const Tensor&) {}
 
 void row_stats_of(
     const Tensor& pred, const Tensor& target, const Tensor& rows, const Tensor& key_scale, double weight,
-    const InfonceForm& form) {
+    const InfonceForm& form, const Tensor& pred_copy, const Tensor& target_copy) {
+  TORCH_INTERNAL_ASSERT(!pred_copy.defined() && !target_copy.defined(), "rows are multiplied as they are");
   on_device_of(pred, [&](cudaStream_t stream) {
     row_stats(matrix(pred), matrix(target), scalars(rows), vectors(key_scale), weight, form, stream);
   });

@@ -1,0 +1,91 @@
+"""Rows and gradients of 16 bits on the CPU: converted as they are read and written, as PyTorch does it."""
+
+import pytest
+import torch
+from error_rule import TERMS, make_rows, seq_loss
+
+FORMS = {
+    "plain": ((65, 7), {}),
+    "more than a chunk": ((1100, 7), {}),
+    "both": ((65, 70), {"direction": "both"}),
+    "mask": ((65, 70), {"mask": torch.arange(65) % 3 != 0}),
+    "step": ((5, 13, 70), {"negatives": "step"}),
+    "columns": ((65, 7), {"moment": 0.5, "variance": 0.5}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("target_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_as_the_same_numbers_in_float32_and_rounded_once(dtype, target_dtype, form):
+    shape, options = FORMS[form]
+    pred, target = make_rows(*shape)
+    pred, target = pred.to(dtype), target.to(target_dtype)
+    if "mask" in options:
+        pred[0] = torch.nan  # of a masked row nothing is read
+    options = {**TERMS["all"], "backend": "cpu", **options}
+    got = seq_loss(pred, target, incoming=1024.0, **options)
+    wanted = seq_loss(pred.float(), target.float(), incoming=1024.0, **options)
+    assert torch.equal(got.loss, wanted.loss)
+    assert torch.equal(got.grad, wanted.grad.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_strided_rows(dtype):
+    """Columns of a wider tensor, every second element, and a transposed one."""
+    pred, target = make_rows(65, 14, dtype=dtype)
+    for view in (lambda x: x[:, 3:10], lambda x: x[:, ::2], lambda x: x.t()):
+        got = seq_loss(view(pred), view(target), backend="cpu", **TERMS["all"])
+        wanted = seq_loss(view(pred).contiguous(), view(target).contiguous(), backend="cpu", **TERMS["all"])
+        assert torch.equal(got.loss, wanted.loss)
+        assert torch.equal(got.grad, wanted.grad)
+
+
+CONVERSIONS = """
+import torch
+from amn_kernels import functional, ops
+
+def gradient(pred, target):
+    # 2/(nD) d times nD/2: d itself, rounded to the dtype of pred.
+    pred = pred.detach().requires_grad_()
+    loss, _ = functional.seq_loss(pred, target, weighting="fixed", backend="cpu")
+    return torch.autograd.grad(loss, pred, torch.tensor(pred.numel() / 2.0))[0]
+
+def assert_same(got, wanted):
+    assert got.dtype == wanted.dtype
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+
+bits = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(256, 256)
+generator = torch.Generator().manual_seed(0)
+random = torch.randint(-(2**31), 2**31, (1024, 1024), generator=generator, dtype=torch.int64).to(torch.int32)
+# Numbers around what a half can hold, in which every case of rounding is common.
+scaled = torch.randn(1024, 1024, generator=generator) * torch.exp2(torch.arange(-30.0, 34.0, 0.0625)).unsqueeze(1)
+ties = (torch.arange(2**20, dtype=torch.int32) * 2**12).view(torch.float32).view(1024, 1024)
+for dtype in (torch.float16, torch.bfloat16):
+    every = bits.view(dtype)  # zeros, subnormal numbers, infinities and NaN among them
+    known = every.isfinite()  # 0 times infinity is in the gradient, so infinity is looked for in the loss
+    assert_same(gradient(torch.zeros(256, 256), every)[known], -every.float()[known])
+    assert gradient(torch.zeros(256, 256), every)[every.isnan()].isnan().all()
+    for infinity in (torch.inf, -torch.inf):
+        row = torch.tensor([[infinity]], dtype=dtype)
+        assert functional.seq_loss(row, torch.ones(1, 1), weighting="fixed", backend="cpu")[0] == torch.inf
+    for flush in (False, True):
+        torch.set_flush_denormal(flush)
+        got = gradient(every, torch.zeros(256, 256, dtype=dtype))
+        torch.set_flush_denormal(False)
+        if dtype == torch.float16 or not flush:  # those of bfloat16 are so in float32 as well
+            assert_same(got[known], every[known])
+    for numbers in (random.view(torch.float32), scaled, ties):
+        numbers = torch.where(numbers.isfinite(), numbers, 1.0)
+        assert_same(gradient(torch.zeros(1024, 1024, dtype=dtype), numbers), (-numbers).to(dtype))
+print(ops.cpu_isa())
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_number_is_converted_as_pytorch_does(run_python, isa):
+    process = run_python(CONVERSIONS, AMN_CPU_ISA=isa)
+    if "this machine does not have it" in process.stderr:
+        pytest.skip(f"this machine does not have {isa}")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == isa

@@ -1,0 +1,124 @@
+"""The graph of the compiled op: its backward may take the memory of what was saved, and only when nobody looks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from error_rule import TERMS, make_rows
+
+from amn_kernels import functional
+
+FORMS = {
+    "plain": ((65, 7), {}),
+    "several chunks": ((65, 7), {"chunk_bytes": 1}),
+    "both": ((65, 7), {"direction": "both"}),
+    "sequence": ((5, 13, 7), {"negatives": "sequence"}),
+    "step": ((5, 13, 7), {"negatives": "step"}),  # groups lie across the memory of pred
+    "columns": ((65, 7), {"moment": 0.5, "variance": 0.5}),
+}
+
+
+def loss_of(shape, target_learns=False, dtype=torch.float32, **options):
+    pred, target = (x.requires_grad_() for x in make_rows(*shape, dtype=dtype))
+    if not target_learns:
+        target.requires_grad_(False)
+    loss, _ = functional.seq_loss(pred, target, backend="cpu", **{"weighting": "fixed", **TERMS["all"], **options})
+    return loss, [x for x in (pred, target) if x.requires_grad]
+
+
+@pytest.mark.parametrize("target_learns", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_kept_graph_gives_the_same_gradients_again(form, target_learns):
+    shape, options = FORMS[form]
+    loss, leaves = loss_of(shape, target_learns, **options)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    copies = [x.clone() for x in first]
+    again = torch.autograd.grad(loss, leaves, retain_graph=True)
+    last = torch.autograd.grad(loss, leaves)
+    for gradients in (first, again, last):
+        assert all(torch.equal(gradient, copy) for gradient, copy in zip(gradients, copies, strict=True))
+
+
+@pytest.mark.parametrize("target_learns", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_gradient_has_memory_of_its_own(form, target_learns):
+    shape, options = FORMS[form]
+    loss, leaves = loss_of(shape, target_learns, **options)
+    gradients = torch.autograd.grad(loss, leaves)
+    storages = {x.untyped_storage().data_ptr() for x in (*gradients, *leaves)}
+    assert len(storages) == 2 * len(leaves)
+    for gradient, leaf in zip(gradients, leaves, strict=True):
+        assert gradient.untyped_storage().nbytes() == leaf.nbytes
+        assert gradient.is_contiguous()
+        assert gradient._base is None
+
+
+def test_create_graph_leaves_the_first_gradient_alone():
+    loss, leaves = loss_of((65, 7))
+    (wanted,) = torch.autograd.grad(loss, leaves, retain_graph=True)
+    (first,) = torch.autograd.grad(loss, leaves, create_graph=True)
+    first.square().sum().backward()
+    assert torch.equal(first, wanted)
+
+
+def test_whoever_keeps_saved_tensors_finds_them_unchanged():
+    kept = []
+
+    def pack(x):
+        kept.append((x, x.clone()))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss, leaves = loss_of((65, 7))
+    (gradient,) = torch.autograd.grad(loss, leaves)
+    assert any(x.shape == (65, 7) and not x.requires_grad for x, _ in kept)  # the attention
+    for x, copy in kept:
+        torch.testing.assert_close(x, copy, rtol=0, atol=0)
+    assert torch.equal(gradient, torch.autograd.grad(*loss_of((65, 7)))[0])
+
+
+def test_hooks_get_the_gradient():
+    (wanted,) = torch.autograd.grad(*loss_of((65, 7)))
+    loss, (leaf,) = loss_of((65, 7))
+    got = []
+    leaf.register_hook(lambda gradient: got.append(gradient) or 2 * gradient)
+    loss.backward()
+    assert torch.equal(got[0], wanted)
+    assert torch.equal(leaf.grad, 2 * wanted)
+
+
+def test_batched_incoming_gradients_are_refused():
+    """`is_grads_batched` runs the backward under vmap, on tensors that are no memory to read."""
+    loss, leaves = loss_of((9, 7))
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.autograd.grad(loss, leaves, torch.tensor([1.0, 2.0]), is_grads_batched=True)
+
+
+PEAK = """
+import ctypes, pathlib, sys, torch
+from amn_kernels import functional
+def resident(field):
+    return int(pathlib.Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) * 1024
+def step(pred, target, **backward):
+    loss = functional.seq_loss(pred, target, infonce=1.0, weighting="fixed", backend="cpu")[0]
+    loss.backward(**backward)
+make = lambda dim: (torch.randn(256, dim, requires_grad=True), torch.randn(256, dim))
+step(*make(8))  # loads libraries, starts threads
+rows = make(32768)
+ctypes.CDLL(None).malloc_trim(0)
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before = resident("VmRSS")
+step(*rows, retain_graph=sys.argv[1] == "kept")
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
+def test_memory_of_the_gradient(run_python):
+    """The gradient, 32 MiB here, is written over the attention of the forward, unless the graph is kept."""
+    given_up, kept = (run_python(PEAK, graph) for graph in ("given up", "kept"))
+    assert given_up.returncode == kept.returncode == 0, given_up.stderr + kept.stderr
+    size = 256 * 32768 * 4
+    # Scratch is 1/4 MiB; the rest is left to the allocator and to the buffers of the matrix product.
+    assert int(given_up.stdout) < 1.4 * size
+    assert int(kept.stdout) - int(given_up.stdout) > 0.8 * size
