@@ -7,7 +7,7 @@
 #   make docs    the documentation as HTML, into build/docs
 #   make bench   speed and memory against eager PyTorch and torch.compile, and the table of it in the README
 #   make bench-peers   the same for other libraries, over rows, dimensions and dtypes: hours
-#   make profile       where the time of a step goes, part by part
+#   make profile       where the time of a step goes, part by part, and the table of it in the README
 #   make kernels-check   registers, spills, occupancy and bank conflicts of the compiled GPU kernels
 #   make cost    bytes, operations and launches of the GPU kernels, counted
 #   make ptx-proof   barriers and races in the PTX of the CUDA kernels: docs/ptx_proof.md (minutes)

@@ -5,6 +5,8 @@ import json
 import os
 from pathlib import Path
 
+import torch
+
 from amn_kernels.train.runs import write_atomically
 from bench import accuracy, memory, report, terms, timing
 
@@ -13,6 +15,7 @@ def main() -> None:
     """Run everything."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--rows", type=int, nargs="*", default=terms.ROWS)
+    parser.add_argument("--scaling-rows", type=int, nargs="*", default=(1024, 4096), help="one thread against all")
     parser.add_argument("--streamed-rows", type=int, default=65536, help="for MSE + cosine alone")
     parser.add_argument("--memory-rows", type=int, default=16384)
     parser.add_argument("--most-rows", type=int, default=32768, help="memory of the fused loss alone; 0: not at all")
@@ -25,9 +28,12 @@ def main() -> None:
         timing.use_processor_time()
     if arguments.smoke:
         arguments.rows, arguments.streamed_rows, arguments.memory_rows, arguments.most_rows = (32, 256), 4096, 2048, 0
+        arguments.scaling_rows = (256,)
         arguments.seconds, arguments.json = 0.5, Path("runs/bench/terms.json")
 
     times = [terms.all_terms(rows, arguments.seconds) for rows in arguments.rows]
+    if torch.get_num_threads() > 1:
+        times += [terms.scaling(rows, arguments.seconds) for rows in arguments.scaling_rows]
     times.append(terms.streamed_terms(arguments.streamed_rows, arguments.seconds))
     held = [(name, arguments.memory_rows) for name in ("fused", "eager", "compile")]
     held += [(name, arguments.most_rows) for name in ("fused", "both") if arguments.most_rows]

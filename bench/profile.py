@@ -1,20 +1,23 @@
-"""`python -m bench.profile [ROWS ...]`: where the time of a step goes, MSE + cosine + InfoNCE at D = 768, fixed λ.
+"""`python -m bench.profile`: where the time of a step goes, MSE + cosine + InfoNCE at D = 768, fixed λ, without a gap.
 
 Every part is timed by itself, in turns with the whole step; what lies between is a difference, so that the parts add up
-to the step. A primitive is what its op takes on all rows less what it takes on one row of one number.
+to the step. A primitive is what its op takes on all rows less what it takes on one row of one number. Writes JSON and
+the README.
 """
 
 import argparse
+import json
+import os
 import statistics
+from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
 from amn_kernels import FusedSeqLoss, ops
 from amn_kernels.checks import check_inputs
-from amn_kernels.options import TERMS
 from amn_kernels.primitives import PLAIN_ROWS, Attention, CompiledPrimitives, Form, Pairs, Temperature, TermList
-from bench import timing
+from amn_kernels.train.runs import write_atomically
+from bench import report, timing
 from bench.contenders import ALL_TERMS, inputs, step
 
 DIM = 768
@@ -45,23 +48,15 @@ def primitives(rows: int, dim: int) -> dict:
 
 
 def parts(rows: int, seconds: float) -> dict[str, float]:
-    """Seconds of each part of a step; they add up to "step"."""
+    """Seconds of each part of a step, by name: `report.PARTS` and "step", to which they add up."""
     pred, target = inputs(rows, DIM)
     loss = FusedSeqLoss(**ALL_TERMS, weighting="fixed")
     values, similarities, attention = pred.detach(), torch.empty(rows, rows), torch.empty(rows, DIM)
-    numbers = torch.ones(4, requires_grad=True)
+    leaf = torch.ones((), requires_grad=True)
 
     def products():
         torch.mm(values, target.t(), out=similarities)
         torch.mm(similarities, target, out=attention)
-
-    def allocations():
-        for sizes in ((PLAIN_ROWS, rows), (rows,), (rows, rows), (rows, DIM), (len(TERMS),), (3, 3), (5,), (rows, DIM)):
-            torch.empty(sizes)
-
-    def bare():
-        numbers.grad = None
-        F.mse_loss(numbers, numbers.detach()).backward()
 
     runs = {
         "step": step(loss, pred, target),
@@ -69,42 +64,48 @@ def parts(rows: int, seconds: float) -> dict[str, float]:
         "op": lambda: ops.seq_loss(pred, target, loss.options, loss._weights),
         "checks": lambda: check_inputs(pred, target, loss.options),
         "products": products,
-        "allocations": allocations,
-        "bare": bare,
+        "engine": leaf.backward,
         **primitives(rows, DIM),
         **{f"{name}, one row": run for name, run in primitives(1, 1).items()},
     }
     time = {name: statistics.median(t) for name, t in timing.interleaved(runs, seconds, least=7).items()}
     kernel = {name: max(0.0, time[name] - time[f"{name}, one row"]) for name in primitives(1, 1)}
-    in_forward = time["products"] + sum(kernel.values()) - kernel["row_combine"] + time["allocations"]
+    in_forward = time["products"] + sum(kernel.values()) - kernel["row_combine"]
     return {
         "matrix products": time["products"],
         **kernel,
-        "allocations": time["allocations"],
-        "dispatch and graph of the op": time["op"] - in_forward,
+        "allocations, dispatch and graph of the op": time["op"] - in_forward,
         "checks of the arguments": time["checks"],
-        "Python of module and statistics": time["module"] - time["op"] - time["checks"],
-        "backward but for row_combine": time["step"] - time["module"] - kernel["row_combine"],
+        "module and statistics, in Python": time["module"] - time["op"] - time["checks"],
+        "PyTorch's engine: backward() of a leaf": time["engine"],
+        "rest of the backward": time["step"] - time["module"] - time["engine"] - kernel["row_combine"],
         "step": time["step"],
-        "for comparison: mse_loss of 4 numbers": time["bare"],
     }
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure, write, print the table."""
     parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__)
-    parser.add_argument("rows", type=int, nargs="*", default=[32, 128, 256, 1024])
+    parser.add_argument("--rows", type=int, nargs="*", default=[32, 128, 256, 1024])
     parser.add_argument("--seconds", type=float, default=5.0, help="about how long each size takes")
+    parser.add_argument("--json", type=Path, default=report.PROFILE, help="where the figures go")
     parser.add_argument("--processor-time", action="store_true", help="one thread: for a machine that others use")
+    parser.add_argument("--smoke", action="store_true", help="one small size into runs/: only shows that it runs")
     arguments = parser.parse_args()
     if arguments.processor_time:
         timing.use_processor_time()
-    columns = {rows: parts(rows, arguments.seconds) for rows in arguments.rows}
-    print(f"microseconds and share of the step; {torch.get_num_threads()} threads, {timing.clock_name()}")
-    print(" " * 40 + "".join(f"{rows:>10,} rows" for rows in columns))
-    for name in next(iter(columns.values())):
-        cells = (f"{c[name] * 1e6:9,.1f} {c[name] / c['step']:4.0%}" for c in columns.values())
-        print(f"{name:<40} " + " ".join(cells))
+    if arguments.smoke:
+        arguments.rows, arguments.seconds, arguments.json = [32], 0.2, Path("runs/bench/profile.json")
+    result = {
+        "machine": report.machine(),
+        "load": os.getloadavg()[0],
+        "sizes": [{"rows": rows, "seconds": parts(rows, arguments.seconds)} for rows in arguments.rows],
+    }
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(arguments.json, json.dumps(result, indent=1) + "\n")
+    print(report.profile_section(result))
+    if arguments.json == report.PROFILE:
+        report.render()
 
 
 if __name__ == "__main__":

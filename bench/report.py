@@ -2,10 +2,11 @@
 
 import json
 import math
+import operator
 import os
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from bench import timing
 ROOT = Path(__file__).parent.parent
 TERMS = ROOT / "docs/bench/terms.json"
 PEERS = ROOT / "docs/bench/peers.json"
+PROFILE = ROOT / "docs/bench/profile.json"
 README = ROOT / "README.md"
 DIM, DTYPE = 768, "float32"  # of tables and plots; other cells count for the worst ratio
 TITLES = {
@@ -43,6 +45,8 @@ def render() -> None:
     text = README.read_text()
     if TERMS.exists():
         text = _between(text, "terms", terms_section(json.loads(TERMS.read_text())))
+    if PROFILE.exists():
+        text = _between(text, "profile", profile_section(json.loads(PROFILE.read_text())))
     if PEERS.exists():
         result = json.loads(PEERS.read_text())
         draw(result)
@@ -130,6 +134,7 @@ def terms_section(result: dict) -> str:
             f"MSE + cosine alone at {entry['rows']:,} rows: {of['fused']} (torch.compile {of['compile']}, eager "
             f"{of['eager']}), {share:.2f} times what moving five such tensors takes."
         )
+    parts += _scaling([e for e in result["times"] if e["kind"] == "scaling"])
     extra = ", ".join(f"{e['contender']} {e['bytes'] / 2**20:,.0f} MiB at {e['rows']:,}" for e in result["memory"])
     parts.append(f"Extra peak memory by rows (both: in both directions): {extra}.")
     parts.append(
@@ -146,6 +151,57 @@ def terms_section(result: dict) -> str:
         )
     )
     return _document(parts)
+
+
+def _scaling(entries: list[dict]) -> list[str]:
+    """What further threads gain, or nothing where one thread was measured."""
+    if not entries:
+        return []
+    rows = [
+        [
+            f"{e['rows']:,}",
+            *(cell for name in ("fused", "products") for cell in (f"{e[name]['ratio']:.2f}x", _quartiles(e[name]))),
+        ]
+        for e in entries
+    ]
+    return [
+        f"One thread against {entries[0]['threads']}, switched from turn to turn: time with one over time with all, "
+        "median and quartiles, and the same of the two bare products, which bound it:",
+        _table(["rows", "fused", "quartiles", "two bare products", "quartiles"], rows),
+    ]
+
+
+def _quartiles(ratio: dict) -> str:
+    low, high = ratio["quartiles"]
+    return f"{low:.2f}-{high:.2f}x"
+
+
+ARITHMETIC = 6
+"""So many first parts in profile.json are arithmetic, matrix products and primitives; the rest is overhead."""
+
+
+def profile_section(result: dict) -> str:
+    """Where the time of a step goes, part by part, and the share of overhead."""
+    sizes = result["sizes"]
+    names = [name for name in sizes[0]["seconds"] if name != "step"]
+
+    def row(title: str, of: Callable[[dict], float], marks: str = "") -> list[str]:
+        cells = (f"{of(s['seconds']) * 1e6:,.0f} ({of(s['seconds']) / s['seconds']['step']:.0%})" for s in sizes)
+        return [f"{marks}{title}{marks}", *(f"{marks}{cell}{marks}" for cell in cells)]
+
+    rows = [row(name, operator.itemgetter(name)) for name in names]
+    rows.insert(ARITHMETIC, row("arithmetic", lambda s: sum(s[n] for n in names[:ARITHMETIC]), "**"))
+    rows.append(row("overhead", lambda s: sum(s[n] for n in names[ARITHMETIC:]), "**"))
+    rows.append(["**step**", *(f"**{s['seconds']['step'] * 1e6:,.0f}**" for s in sizes)])
+    return _document(
+        [
+            f"{_machine(result['machine'])} (load average {result['load']:.1f}). MSE + cosine + InfoNCE, forward + "
+            "backward, float32, D = 768, fixed weights: microseconds and share of the step. Products and primitives "
+            "are timed by themselves, in turns with the step; what lies between is a difference, so that the parts "
+            "add up.",
+            _table(["", *(f"{s['rows']:,} rows" for s in sizes)], rows),
+        ]
+    )
 
 
 def _peers_of(cells: list[dict]) -> list[str]:

@@ -1,5 +1,7 @@
 """Time of MSE + cosine + InfoNCE, forward + backward, against eager PyTorch, torch.compile and what bounds it."""
 
+from collections.abc import Callable
+
 import torch
 
 from bench.contenders import ALL_TERMS, STREAMED_TERMS, inputs, losses, step
@@ -19,13 +21,38 @@ def all_terms(rows: int, seconds: float) -> dict:
     runs = {name: step(loss, pred, target) for name, loss in contenders.items() if name != "both"}
     narrow = pred.detach().bfloat16().requires_grad_()
     runs["bfloat16"] = step(contenders["fused"], narrow, target.bfloat16())
-    queries, similarities, attention = pred.detach(), torch.empty(rows, rows), torch.empty(rows, DIM)
+    return _measure("all_terms", rows, {**runs, "products": _products(pred, target)}, seconds)
 
-    def products():
+
+def _products(pred: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
+    """The two matrix products that the op contains, alone."""
+    queries, similarities, attention = pred.detach(), torch.empty(len(pred), len(pred)), torch.empty(pred.shape)
+
+    def run():
         torch.mm(queries, target.t(), out=similarities)
         torch.mm(similarities, target, out=attention)
 
-    return _measure("all_terms", rows, {**runs, "products": products}, seconds)
+    return run
+
+
+def scaling(rows: int, seconds: float) -> dict:
+    """The step, and the two bare products, with one thread and with all: time with one over time with all."""
+    pred, target = inputs(rows, DIM)
+    threads = torch.get_num_threads()
+    works = {"fused": step(losses(ALL_TERMS)["fused"], pred, target), "products": _products(pred, target)}
+
+    def switched(run, count):
+        def run_with():
+            torch.set_num_threads(count)
+            run()
+
+        return run_with
+
+    runs = {(name, count): switched(run, count) for count in (threads, 1) for name, run in works.items()}
+    times = interleaved(runs, seconds)
+    torch.set_num_threads(threads)
+    of = {name: summary({1: times[name, 1], threads: times[name, threads]}, threads)[1] for name in works}
+    return {"kind": "scaling", "rows": rows, "dim": DIM, "threads": threads, **of}
 
 
 def streamed_terms(rows: int, seconds: float) -> dict:

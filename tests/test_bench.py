@@ -50,9 +50,34 @@ def test_turns(monkeypatch):
     assert result["other"]["seconds"] == pytest.approx(0.002)
 
 
+def test_parts_of_the_profile_add_up():
+    """Arithmetic and overhead of the table are the whole step, and each share is of it."""
+    names = (
+        "matrix products",
+        "row_stats",
+        "softmax_rows_",
+        "row_dots",
+        "term_sums",
+        "row_combine",
+        "Python",
+        "engine",
+    )
+    seconds = {name: (i + 1) * 1e-6 for i, name in enumerate(names)}
+    machine = {"torch": "2", "threads": 1, "cores": 1, "isa": "avx2", "clock": "wall time"}
+    sizes = [{"rows": 32, "seconds": {**seconds, "step": 36e-6}}]
+    table = report.profile_section({"machine": machine, "load": 0.0, "sizes": sizes})
+    assert "| **arithmetic** | **21 (58%)** |" in table
+    assert "| **overhead** | **15 (42%)** |" in table
+    assert "| Python | 7 (19%) |" in table
+
+
 @pytest.mark.parametrize(
     ("name", "file", "section"),
-    [("terms", report.TERMS, report.terms_section), ("peers", report.PEERS, report.peers_section)],
+    [
+        ("terms", report.TERMS, report.terms_section),
+        ("profile", report.PROFILE, report.profile_section),
+        ("peers", report.PEERS, report.peers_section),
+    ],
 )
 def test_readme_shows_the_files(name, file, section):
     if not file.exists():
