@@ -58,10 +58,6 @@ MUTATIONS = (
         ("test_seq_loss.py::test_metrics",),
     ),
     Mutation(
-        "p.d is mirrored without d.d", "cpu/primitives.cpp", "from.at(kDiffDiff, i) - from.at(kPredDiff, i);",
-        "from.at(kPredDiff, i);", _COMBINATIONS,
-    ),
-    Mutation(
         "a spike is not cut", "cpu/balance.cpp", "std::min(x, limit)", "x",
         ("test_weighting.py::test_spike_is_winsorised_after_ten_updates_and_not_before[compiled]",),
     ),
