@@ -4,6 +4,9 @@ import pytest
 import torch
 from error_rule import make_rows
 
+from amn_kernels.options import LossOptions
+from amn_kernels.weighting import BalancedWeighting
+
 OPCHECK_INPUTS = {
     "float32": lambda: make_rows(33, 7),
     "float64": lambda: make_rows(33, 7, dtype=torch.float64),
@@ -71,3 +74,24 @@ def test_every_input_of_the_op_is_sound(needs, choices):
             torch.ops.amn_kernels._seq_loss_backward.default,
             (loss, torch.ones(5), torch.ones(5), *detached, *saved, [0, 1, 2, 3, 4], [1], *choices[:-1], needs),
         )
+
+
+@pytest.mark.parametrize("op", ["seq_loss_fixed", "seq_loss_balanced"])
+@pytest.mark.parametrize("choices", [PLAIN, RICH], ids=["plain", "rich"])
+@pytest.mark.parametrize("needs", [0, 1, 15])
+def test_results_share_no_memory(needs, choices, op):
+    """With an argument or each other. opcheck sees that of the halves, but not of what is composed of them."""
+    pred, target = make_rows(4, 5, 6)
+    extra, temperature = make_rows(3, 6, seed=1)[0], torch.tensor(0.3)
+    mask, ids = torch.arange(20).view(4, 5) % 7 > 0, torch.arange(20).view(4, 5) % 3
+    for i, x in enumerate((pred, target, extra, temperature)):
+        x.requires_grad_(bool(needs & (1 << i)))
+    options = LossOptions(mse=1.0, cosine=1.0, infonce=1.0, moment=1.0, variance=1.0, weighting="gradient")
+    state = BalancedWeighting(options)
+    running = (state.mean, state.updates, state.calls, state.skipped, state.lambdas, state.most)
+    weights = (torch.ones(5),) if op == "seq_loss_fixed" else (*running, 0, 0.9, 1, False, True)
+    arguments = (pred, target, *weights, mask, ids, extra, temperature)
+    results = getattr(torch.ops.amn_kernels, op)(*arguments, [0, 1, 2, 3, 4], [1], *choices)
+    addresses = [x.untyped_storage().data_ptr() for x in results if x.numel()]
+    assert len(addresses) == len(set(addresses))
+    assert not set(addresses) & {x.untyped_storage().data_ptr() for x in arguments if isinstance(x, torch.Tensor)}
