@@ -55,5 +55,8 @@ def connected_ranks(device: torch.device) -> Iterator[Ranks]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
+        # Time for the group's threads to drop the tensors of earlier collectives: DistributedDataParallel keeps them
+        # alive, and one that drops a tensor while the interpreter shuts down ends the process with an abort.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
