@@ -1,35 +1,27 @@
 """`python -m bench`: MSE + cosine + InfoNCE against eager PyTorch and torch.compile; writes JSON and the README."""
 
-import argparse
 import json
 import os
-from pathlib import Path
 
 import torch
 
 from amn_kernels.train.runs import write_atomically
-from bench import accuracy, memory, report, terms, timing
+from bench import accuracy, command, memory, report, terms
 
 
 def main() -> None:
     """Run everything."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = command.make_parser("bench", __doc__, report.TERMS, seconds=20.0)
     parser.add_argument("--rows", type=int, nargs="*", default=terms.ROWS)
     parser.add_argument("--scaling-rows", type=int, nargs="*", default=(1024, 4096), help="one thread against all")
     parser.add_argument("--streamed-rows", type=int, default=65536, help="for MSE + cosine alone")
     parser.add_argument("--memory-rows", type=int, default=16384)
     parser.add_argument("--most-rows", type=int, default=32768, help="memory of the fused loss alone; 0: not at all")
-    parser.add_argument("--seconds", type=float, default=20.0, help="about how long each size takes")
-    parser.add_argument("--json", type=Path, default=report.TERMS, help="where the figures go")
-    parser.add_argument("--processor-time", action="store_true", help="one thread: for a machine that others use")
-    parser.add_argument("--smoke", action="store_true", help="few small sizes into runs/: only shows that it runs")
-    arguments = parser.parse_args()
-    if arguments.processor_time:
-        timing.use_processor_time()
+    arguments = command.parse(parser)
     if arguments.smoke:
         arguments.rows, arguments.streamed_rows, arguments.memory_rows, arguments.most_rows = (32, 256), 4096, 2048, 0
         arguments.scaling_rows = (256,)
-        arguments.seconds, arguments.json = 0.5, Path("runs/bench/terms.json")
+        arguments.seconds = 0.5
 
     times = [terms.all_terms(rows, arguments.seconds) for rows in arguments.rows]
     if torch.get_num_threads() > 1:

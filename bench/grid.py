@@ -4,15 +4,13 @@ Time of forward + backward by turns in one process; extra peak memory in a proce
 with the number of rows, as the exponent of a power law fitted to the larger half of the sizes.
 """
 
-import argparse
 import json
 import os
-from pathlib import Path
 
 import torch
 
 from amn_kernels.train.runs import write_atomically
-from bench import memory, report, timing
+from bench import command, memory, report
 from bench.contests import CONTESTS, OURS, check_equal, make_inputs, step
 from bench.timing import interleaved, summary
 
@@ -23,23 +21,17 @@ MOST_ROWS = 32768  # the fused loss alone, once
 
 def main() -> None:
     """Measure the cells asked for; what the file holds of other cells is kept."""
-    parser = argparse.ArgumentParser(prog="python -m bench.grid", description=__doc__)
+    parser = command.make_parser("bench.grid", __doc__, report.PEERS, seconds=20.0)
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
     parser.add_argument("--dims", type=int, nargs="*", default=[384, 768, 1536])
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--contests", nargs="*", default=list(CONTESTS), choices=list(CONTESTS))
     parser.add_argument("--memory-rows", type=int, nargs="*", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--most-rows", type=int, default=MOST_ROWS, help="of the fused loss alone; 0: none")
-    parser.add_argument("--seconds", type=float, default=20.0, help="about how long each cell takes")
-    parser.add_argument("--json", type=Path, default=report.PEERS)
-    parser.add_argument("--processor-time", action="store_true", help="one thread: for a machine that others use")
-    parser.add_argument("--smoke", action="store_true", help="few small sizes into runs/: only shows that it runs")
-    arguments = parser.parse_args()
-    if arguments.processor_time:
-        timing.use_processor_time()
+    arguments = command.parse(parser)
     if arguments.smoke:
         arguments.rows, arguments.dims, arguments.memory_rows, arguments.most_rows = [32, 128], [768], [512], 0
-        arguments.dtypes, arguments.seconds, arguments.json = ["float32"], 0.5, Path("runs/bench/peers.json")
+        arguments.dtypes, arguments.seconds = ["float32"], 0.5
 
     result = {"times": [], "memory": [], "alone": []}
     if arguments.json.exists():

@@ -5,11 +5,9 @@ to the step. A primitive is what its op takes on all rows less what it takes on 
 the README.
 """
 
-import argparse
 import json
 import os
 import statistics
-from pathlib import Path
 
 import torch
 
@@ -17,7 +15,7 @@ from amn_kernels import FusedSeqLoss, ops
 from amn_kernels.checks import check_inputs
 from amn_kernels.primitives import PLAIN_ROWS, Attention, CompiledPrimitives, Form, Pairs, Temperature, TermList
 from amn_kernels.train.runs import write_atomically
-from bench import report, timing
+from bench import command, report, timing
 from bench.contenders import ALL_TERMS, inputs, step
 
 DIM = 768
@@ -85,17 +83,11 @@ def parts(rows: int, seconds: float) -> dict[str, float]:
 
 def main() -> None:
     """Measure, write, print the table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__)
+    parser = command.make_parser("bench.profile", __doc__, report.PROFILE, seconds=5.0)
     parser.add_argument("--rows", type=int, nargs="*", default=[32, 128, 256, 1024])
-    parser.add_argument("--seconds", type=float, default=5.0, help="about how long each size takes")
-    parser.add_argument("--json", type=Path, default=report.PROFILE, help="where the figures go")
-    parser.add_argument("--processor-time", action="store_true", help="one thread: for a machine that others use")
-    parser.add_argument("--smoke", action="store_true", help="one small size into runs/: only shows that it runs")
-    arguments = parser.parse_args()
-    if arguments.processor_time:
-        timing.use_processor_time()
+    arguments = command.parse(parser)
     if arguments.smoke:
-        arguments.rows, arguments.seconds, arguments.json = [32], 0.2, Path("runs/bench/profile.json")
+        arguments.rows, arguments.seconds = [32], 0.2
     result = {
         "machine": report.machine(),
         "load": os.getloadavg()[0],

@@ -68,3 +68,17 @@ def run_python():
         )
 
     return run
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def run_on_isa(request, run_python):
+    """Run a script that prints the instruction set, on each that the machine has."""
+
+    def run(script):
+        process = run_python(script, AMN_CPU_ISA=request.param)
+        if "this machine does not have it" in process.stderr:
+            pytest.skip(f"this machine does not have {request.param}")
+        assert process.returncode == 0, process.stderr
+        assert process.stdout.strip() == request.param
+
+    return run

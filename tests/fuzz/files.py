@@ -254,15 +254,19 @@ def check_claim(claim: Claim) -> None:
     check_npz(path)
 
 
-def check_damaged_checkpoint(name: str, changes: list[Damage]) -> None:
-    """Changed bytes of any file of a checkpoint are an error that names it, unless they change nothing."""
-    folder = FOLDER / "checkpoint"
-    files = dict(checkpoint_bytes())
+def _write_damaged(folder: Path, files: dict[str, bytes], name: str, changes: list[Damage]) -> Path:
+    files = dict(files)
     for change in changes:
         files[name] = change.apply(files[name])
     folder.mkdir(exist_ok=True)
     for each, data in files.items():
         (folder / each).write_bytes(data)
+    return folder
+
+
+def check_damaged_checkpoint(name: str, changes: list[Damage]) -> None:
+    """Changed bytes of any file of a checkpoint are an error that names it, unless they change nothing."""
+    folder = _write_damaged(FOLDER / "checkpoint", checkpoint_bytes(), name, changes)
     try:
         found = load_checkpoint(folder)
     except ValueError as error:
@@ -276,13 +280,7 @@ def check_damaged_run(name: str, changes: list[Damage]) -> None:
 
     The weights have no checksum but a probe, and the options and figures of JSON files are what they say.
     """
-    folder = FOLDER / "run"
-    files = dict(run_bytes())
-    for change in changes:
-        files[name] = change.apply(files[name])
-    folder.mkdir(exist_ok=True)
-    for each, data in files.items():
-        (folder / each).write_bytes(data)
+    folder = _write_damaged(FOLDER / "run", run_bytes(), name, changes)
     try:
         load_history(folder)
         _, dim, _, model = load_run(folder)
