@@ -10,6 +10,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 KERNELS = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "simt"
+SCHEDULER = [HERE / f"{name}.cpp" for name in ("simt", "collectives", "fibers")]
 
 # Strict aliasing is not what CUDA code is written for: a pack of floats is moved as four integers.
 _FLAGS = (f"-std=c++20 -O1 -g -fPIC -fno-strict-aliasing -DAMN_SIMT -I{HERE} -I{KERNELS}").split()
@@ -76,12 +77,12 @@ def _objects(build: Build, sources: list[Path]) -> list[Path]:
         target = folder / f"{source.stem}.o"
         if not target.exists() or target.stat().st_mtime <= max(newest, source.stat().st_mtime):
             # The scheduler stays without instrumentation: the sanitizers are told of its switches.
-            sanitize = () if source.stem in ("simt", "count") else build.sanitize
+            sanitize = () if source in (*SCHEDULER, HERE / "count.cpp") else build.sanitize
             _gcc(target, [*_FLAGS, *build.define, *sanitize, "-c", "-x", "c++", str(source)])
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(compile_one, [*sources, HERE / "simt.cpp"]))
+        return list(pool.map(compile_one, [*sources, *SCHEDULER]))
 
 
 def _link(build: Build, target: Path, objects: list[Path], flags: list[str]) -> Path:

@@ -41,9 +41,8 @@ def load() -> ctypes.CDLL:
             renamed.write_text(text)
         sources.append(renamed)
     newest = max(path.stat().st_mtime for path in [*(build.ROOT / "csrc").glob("**/*.h"), build.HERE / "simt.h"])
-    objects = [path.with_suffix(".o") for path in (build.BUILD / "plain" / name.name for name in build.kernels())]
     build.library()
-    objects.append(build.BUILD / "plain" / "simt.o")
+    objects = [build.BUILD / "plain" / f"{path.stem}.o" for path in (*build.kernels(), *build.SCHEDULER)]
     for source in sources:
         target = folder / f"{source.stem}.o"
         if not target.exists() or target.stat().st_mtime <= max(newest, source.stat().st_mtime):

@@ -1,130 +1,21 @@
-// The scheduler of simt.h. All of its bookkeeping is done on the host's stack: a fiber only says what it waits for and
-// switches to the host. Compiled without -fsanitize, whose runtimes are told of every switch instead.
+// A launch: its limits, shared memory, and blocks and threads in random order.
 #include "simt.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <map>
-#include <memory>
+#include <cstdlib>
+#include <new>
 #include <stdexcept>
-#include <string>
-#include <vector>
 
-#if !defined(__x86_64__)
-#error "simt: the switch between fibers is written for x86-64"
-#endif
-
-extern "C" {
-// Saves what a call must keep, stores the stack pointer and goes on where the other one was stored.
-void simt_switch(void** save, void* load);
-asm(R"(
-.text
-.globl simt_switch
-.type simt_switch, @function
-simt_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-)");
-
-#if defined(SIMT_TSAN)
-void* __tsan_get_current_fiber();
-void* __tsan_create_fiber(unsigned flags);
-void __tsan_switch_to_fiber(void* fiber, unsigned flags);
-void __tsan_acquire(void* address);
-void __tsan_release(void* address);
-#elif defined(SIMT_ASAN)
-void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t size);
-void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, size_t* size);
-#endif
-}
+#include "scheduler.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace simt {
-namespace {
 
-constexpr size_t kStackBytes = 256 << 10;
-constexpr size_t kPage = 4096;
-constexpr size_t kSharedBytes = 48 << 10;  // what a kernel gets without asking for more
-constexpr size_t kBlockThreads = 1024;
-// For races each thread of a launch needs a fiber of its own, of which ThreadSanitizer has some 8,000.
-constexpr size_t kRaceThreads = 7000;
-
-enum class Wait { kNothing, kShared, kBarrier, kWarp, kVote, kDone };
-
-struct Block;
-
-struct Fiber {
-  char* stack = nullptr;
-  void* pointer = nullptr;  // of the stack, while it does not run
-  void* identity = nullptr;  // ThreadSanitizer's
-  void* fake_stack = nullptr;  // AddressSanitizer's
-  Block* block = nullptr;
-  uint3 thread{};
-  int index = 0;  // in the block
-
-  Wait wait = Wait::kNothing;
-  Site site{};
-  uint32_t mask = 0;
-  int source = 0;
-  bool predicate = false, ordered = false;
-  const void* key = nullptr;
-  size_t bytes = 0;
-  alignas(16) char given[kSlot] = {};
-  alignas(16) char got[kSlot] = {};
-  void* memory = nullptr;
-  uint32_t answer = 0;
-};
-
-struct Block {
-  uint3 index{};
-  std::vector<Fiber*> fibers;
-  std::map<const void*, char*> shared;
-  size_t shared_bytes = 0;
-  size_t done = 0, at_barrier = 0;
-  std::vector<int> in_warp;  // threads of each warp that wait in a warp operation
-};
-
-struct Launch {
-  const char* kernel = nullptr;
-  void (*call)(const void*) = nullptr;
-  const void* body = nullptr;
-  size_t dynamic_bytes = 0;
-  std::vector<Fiber*> ready;
-  std::vector<char*> allocated;
-  std::vector<Fiber*> started;
-};
-
-uint64_t random_state = 1;
-std::vector<std::unique_ptr<Fiber>> all_fibers;
-std::vector<Fiber*> idle;
-Fiber* running = nullptr;
 Launch* launching = nullptr;
-void* host_pointer = nullptr;
 
-uint64_t random(uint64_t below) {  // xorshift64*
-  random_state ^= random_state >> 12;
-  random_state ^= random_state << 25;
-  random_state ^= random_state >> 27;
-  return (random_state * 0x2545f4914f6cdd1dull >> 32) % below;
-}
-
-std::string describe(uint3 x) {
+static std::string describe(uint3 x) {
   return "(" + std::to_string(x.x) + ", " + std::to_string(x.y) + ", " + std::to_string(x.z) + ")";
 }
 
@@ -138,105 +29,18 @@ std::string describe(const Site& site) {
       describe(fiber.thread) + ": " + what);
 }
 
-#if defined(SIMT_TSAN)
-void* host_identity = nullptr;
-void become(void* identity) { __tsan_switch_to_fiber(identity, /*no_sync=*/1); }
-#endif
+namespace {
 
-// What `from` did so far comes before what `to` does from now on.
-void order(const std::vector<Fiber*>& from, const std::vector<Fiber*>& to) {
-#if defined(SIMT_TSAN)
-  const auto address = std::make_unique<int64_t>();  // fresh, so that it holds the order of nothing else
-  if (from.empty()) __tsan_release(address.get());
-  for (Fiber* fiber : from) {
-    become(fiber->identity);
-    __tsan_release(address.get());
-  }
-  for (Fiber* fiber : to) {
-    become(fiber->identity);
-    __tsan_acquire(address.get());
-  }
-  become(host_identity);
-  if (to.empty()) __tsan_acquire(address.get());
-#else
-  (void)from, (void)to;
-#endif
-}
+constexpr size_t kSharedBytes = 48 << 10;  // what a kernel gets without asking for more
+constexpr size_t kBlockThreads = 1024;
 
-void run(Fiber* fiber) {
-  running = fiber;
-  threadIdx = fiber->thread;
-  blockIdx = fiber->block->index;
-#if defined(SIMT_TSAN)
-  become(fiber->identity);
-  simt_switch(&host_pointer, fiber->pointer);
-#elif defined(SIMT_ASAN)
-  void* fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(&fake_stack, fiber->stack, kStackBytes);
-  simt_switch(&host_pointer, fiber->pointer);
-  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
-#else
-  simt_switch(&host_pointer, fiber->pointer);
-#endif
-}
+uint64_t random_state = 1;
 
-#if defined(SIMT_ASAN)
-const void* host_stack = nullptr;
-size_t host_stack_bytes = 0;
-#endif
-
-// On the fiber's stack: back to the host until it runs this fiber again.
-void wait(Wait what) {
-  Fiber* fiber = running;
-  fiber->wait = what;
-#if defined(SIMT_TSAN)
-  become(host_identity);
-  simt_switch(&fiber->pointer, host_pointer);
-#elif defined(SIMT_ASAN)
-  __sanitizer_start_switch_fiber(what == Wait::kDone ? nullptr : &fiber->fake_stack, host_stack, host_stack_bytes);
-  simt_switch(&fiber->pointer, host_pointer);
-  __sanitizer_finish_switch_fiber(fiber->fake_stack, nullptr, nullptr);
-#else
-  simt_switch(&fiber->pointer, host_pointer);
-#endif
-}
-
-void entry() {
-#if defined(SIMT_ASAN)
-  __sanitizer_finish_switch_fiber(nullptr, &host_stack, &host_stack_bytes);
-#endif
-  launching->call(launching->body);
-  wait(Wait::kDone);
-}
-
-Fiber* take_fiber() {
-  if (idle.empty()) {
-#if defined(SIMT_TSAN)
-    if (all_fibers.size() >= kRaceThreads) throw std::runtime_error("simt: more threads in a launch than can be told apart");
-#endif
-    auto fiber = std::make_unique<Fiber>();
-    void* memory = mmap(
-        nullptr, kPage + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    mprotect(memory, kPage, PROT_NONE);  // an overflow of the stack is a fault
-    fiber->stack = static_cast<char*>(memory) + kPage;
-#if defined(SIMT_TSAN)
-    fiber->identity = __tsan_create_fiber(0);
-#endif
-    idle.push_back(fiber.get());
-    all_fibers.push_back(std::move(fiber));
-  }
-  Fiber* fiber = idle.back();
-  idle.pop_back();
-  // At its first instruction a function finds rsp % 16 == 8: the address it returns to lies there, here a null one.
-  auto** top = reinterpret_cast<void**>(fiber->stack + kStackBytes);
-  *--top = nullptr;
-  *--top = reinterpret_cast<void*>(&entry);
-  for (int i = 0; i < 6; ++i) *--top = nullptr;
-  fiber->pointer = top;
-  fiber->fake_stack = nullptr;
-  fiber->wait = Wait::kNothing;
-  return fiber;
+uint64_t random(uint64_t below) {  // xorshift64*
+  random_state ^= random_state >> 12;
+  random_state ^= random_state << 25;
+  random_state ^= random_state >> 27;
+  return (random_state * 0x2545f4914f6cdd1dull >> 32) % below;
 }
 
 void give_memory(Fiber* fiber) {
@@ -258,115 +62,6 @@ void give_memory(Fiber* fiber) {
   fiber->memory = memory;
   order({}, {fiber});
   launching->ready.push_back(fiber);
-}
-
-// Once the last thread has come: all go on. A thread that has returned never comes.
-void check_barrier(Block& block) {
-  if (block.at_barrier == 0 || block.at_barrier + block.done < block.fibers.size()) return;
-  const Fiber* first = nullptr;
-  for (const Fiber* fiber : block.fibers) {
-    if (fiber->wait == Wait::kBarrier) first = fiber;
-  }
-  uint32_t count = 0;
-  for (const Fiber* fiber : block.fibers) {
-    if (fiber->wait == Wait::kDone) {
-      fail(*fiber, "returned, but others of its block wait in " + describe(first->site) + ": divergent barrier");
-    }
-    if (fiber->site.line != first->site.line || std::strcmp(fiber->site.file, first->site.file) != 0) {
-      fail(*fiber, "waits in " + describe(fiber->site) + ", others of its block in " + describe(first->site) +
-                       ": divergent barrier");
-    }
-    count += fiber->predicate;
-  }
-  order(block.fibers, block.fibers);
-  block.at_barrier = 0;
-  for (Fiber* fiber : block.fibers) {
-    fiber->answer = count;
-    fiber->wait = Wait::kNothing;
-    launching->ready.push_back(fiber);
-  }
-}
-
-bool in_warp(Wait wait) { return wait == Wait::kWarp || wait == Wait::kVote; }
-
-std::string of_mask(const Fiber& fiber) {
-  char text[32];
-  std::snprintf(text, sizeof text, "the mask 0x%08x", fiber.mask);
-  return text;
-}
-
-// Whether all lanes of the mask are there for the same operation.
-bool is_complete(Fiber* last, std::vector<Fiber*>& threads) {
-  Block& block = *last->block;
-  const size_t first = last->index / 32 * 32;
-  bool complete = true;
-  for (int lane = 0; lane < 32; ++lane) {
-    const size_t index = first + lane;
-    if (!(last->mask >> lane & 1)) continue;
-    if (index >= block.fibers.size()) {
-      fail(*last, describe(last->site) + ": " + of_mask(*last) + " names lane " + std::to_string(lane) +
-                      ", which the block does not have");
-    }
-    Fiber* fiber = block.fibers[index];
-    if (fiber->wait == Wait::kDone) {
-      fail(*last, describe(last->site) + ": " + of_mask(*last) + " names lane " + std::to_string(lane) +
-                      ", which has returned");
-    }
-    threads.push_back(fiber);
-    if (!in_warp(fiber->wait)) {
-      complete = false;
-      continue;
-    }
-    if (fiber->mask != last->mask || fiber->site.line != last->site.line ||
-        std::strcmp(fiber->site.operation, last->site.operation) != 0) {
-      fail(*last, describe(last->site) + " with " + of_mask(*last) + ", but lane " + std::to_string(lane) + " is in " +
-                      describe(fiber->site) + " with " + of_mask(*fiber) + ": divergent warp operation");
-    }
-  }
-  return complete;
-}
-
-void check_warp(Fiber* last) {
-  static std::vector<Fiber*> threads;
-  Block& block = *last->block;
-  const size_t warp = last->index / 32;
-  if (!(last->mask >> (last->index % 32) & 1)) {
-    fail(*last, describe(last->site) + ": " + of_mask(*last) + " does not name the thread itself");
-  }
-  if (++block.in_warp[warp] < __builtin_popcount(last->mask)) return;  // some are still to come
-  threads.clear();
-  if (!is_complete(last, threads)) return;
-  block.in_warp[warp] -= static_cast<int>(threads.size());
-  uint32_t votes = 0;
-  for (const Fiber* fiber : threads) votes |= static_cast<uint32_t>(fiber->predicate) << fiber->index % 32;
-  for (Fiber* fiber : threads) {
-    fiber->answer = votes;
-    if (fiber->wait == Wait::kVote) continue;
-    if (fiber->source < 0 || fiber->source > 31 || !(last->mask >> fiber->source & 1)) {
-      fail(*fiber, describe(fiber->site) + ": reads lane " + std::to_string(fiber->source) + ", which " +
-                       of_mask(*fiber) + " does not name");
-    }
-    const Fiber* source = block.fibers[warp * 32 + fiber->source];
-    for (int i = 0; i < kSlot; ++i) fiber->got[i] = source->given[i];
-  }
-  if (last->ordered) order(threads, threads);
-  for (Fiber* fiber : threads) {
-    fiber->wait = Wait::kNothing;
-    launching->ready.push_back(fiber);
-  }
-}
-
-// Nobody can go on, but not all have returned: that is because lanes of a mask do not come.
-[[noreturn]] void deadlock(const std::vector<std::unique_ptr<Block>>& blocks) {
-  std::vector<Fiber*> threads;
-  for (const auto& block : blocks) {
-    for (Fiber* fiber : block->fibers) {
-      if (!in_warp(fiber->wait)) continue;
-      is_complete(fiber, threads);
-      fail(*fiber, "waits for ever for the lanes of " + of_mask(*fiber) + " in " + describe(fiber->site));
-    }
-  }
-  throw std::logic_error("simt: nobody runs and nobody waits");
 }
 
 void check_limits(const char* kernel, dim3 grid, dim3 block) {
@@ -423,15 +118,14 @@ void run_grid() {
     run(fiber);
     Block& block = *fiber->block;
     if (fiber->wait == Wait::kShared) give_memory(fiber);
-    if (in_warp(fiber->wait)) check_warp(fiber);
-    if (fiber->wait == Wait::kBarrier) ++block.at_barrier, check_barrier(block);
+    if (in_warp(fiber->wait)) at_warp_operation(fiber);
+    if (fiber->wait == Wait::kBarrier) at_barrier(fiber);
     if (fiber->wait == Wait::kDone) {
-      ++block.done;
-      check_barrier(block);
+      at_return(fiber);
       if (block.done == block.fibers.size()) {
         --running_blocks;
 #if !defined(SIMT_TSAN)  // there the threads of all blocks stay apart until the launch is over
-        idle.insert(idle.end(), block.fibers.begin(), block.fibers.end());
+        give_back(block.fibers);
         std::erase_if(blocks, [&](const auto& other) { return other.get() == &block; });
 #endif
       }
@@ -454,9 +148,7 @@ int64_t launches() { return launched; }
 void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, void (*call)(const void*), const void* body) {
   check_limits(kernel, grid, block);
   ++launched;
-#if defined(SIMT_TSAN)
-  host_identity = __tsan_get_current_fiber();
-#endif
+  begin_fibers();
   Launch launch;
   launch.kernel = kernel;
   launch.call = call;
@@ -468,8 +160,7 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, voi
   const auto finish = [&] {
     order(launch.started, {});
     for (char* memory : launch.allocated) std::free(memory);
-    idle.clear();
-    for (const auto& fiber : all_fibers) idle.push_back(fiber.get());  // after an error they are left where they stand
+    give_back_all();
     launching = nullptr;
   };
   try {
@@ -491,36 +182,5 @@ void* shared_memory(const void* key, size_t bytes, const Site& site) {
 }
 
 void* dynamic_shared_memory(const Site& site) { return shared_memory(nullptr, launching->dynamic_bytes, site); }
-
-int block_barrier(bool predicate, const Site& site) {
-  Fiber* fiber = running;
-  fiber->predicate = predicate;
-  fiber->site = site;
-  wait(Wait::kBarrier);
-  return static_cast<int>(fiber->answer);
-}
-
-void warp_exchange(
-    uint32_t mask, int source, const void* value, void* result, size_t bytes, bool ordered, const Site& site) {
-  Fiber* fiber = running;
-  fiber->mask = mask;
-  fiber->source = source;
-  fiber->predicate = false;
-  fiber->ordered = ordered;
-  fiber->site = site;
-  std::memcpy(fiber->given, value, bytes);
-  wait(Wait::kWarp);
-  std::memcpy(result, fiber->got, bytes);
-}
-
-uint32_t warp_vote(uint32_t mask, bool predicate, const Site& site) {
-  Fiber* fiber = running;
-  fiber->mask = mask;
-  fiber->predicate = predicate;
-  fiber->ordered = false;
-  fiber->site = site;
-  wait(Wait::kVote);
-  return fiber->answer;
-}
 
 }  // namespace simt

@@ -1,5 +1,5 @@
 // CUDA kernels on the CPU: what csrc/cuda/launch.h includes in place of cuda_runtime.h under -DAMN_SIMT. One fiber per
-// CUDA thread; the scheduler in simt.cpp runs the fibers of a few blocks at a time in seeded random order.
+// CUDA thread; the scheduler (scheduler.h) runs the fibers of a few blocks at a time in seeded random order.
 //
 // A test instrument, to find errors and not to be quick. What it checks, and by which build:
 //   all builds    every thread of a block reaches the same __syncthreads; every thread named in a mask reaches the same
