@@ -30,12 +30,20 @@ from amn_kernels.triton.scalars import (
 
 
 @triton.jit
-def rows_of_program(size, BLOCK_M: tl.constexpr):
-    """Group, rows in the group [BLOCK_M] and their numbers in all, int64."""
+def rows_of_program(rows, rows_stride, size, BLOCK_M: tl.constexpr):
+    """Group; rows in the group [BLOCK_M] and their numbers in all, int64; which are there, and which count."""
     blocks = tl.cdiv(size, BLOCK_M)
     group = tl.program_id(0).to(tl.int64) // blocks
     row = (tl.program_id(0).to(tl.int64) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    return group, row, group * size + row
+    i, inside = group * size + row, row < size
+    return group, row, i, inside, inside & (get(rows, rows_stride, WEIGHT, i, inside) != 0)
+
+
+@triton.jit
+def row_scales(rows, rows_stride, i, counts, tau):
+    """1/(|p| τ) and 1/|t| [BLOCK_M] float32."""
+    scale = (get(rows, rows_stride, INV_PRED, i, counts) / tau).to(tl.float32)
+    return scale, get(rows, rows_stride, INV_TARGET, i, counts).to(tl.float32)
 
 
 @triton.jit
@@ -96,11 +104,8 @@ def softmax_rows_kernel(
     scale_group, rows_stride, ids_group, guide_group, guide_row, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Merges the block of keys into the row's running maximum and sum, and leaves exp(s - max)/|k|."""
-    group, row, i = rows_of_program(size, BLOCK_M)
-    inside = row < size
-    counts = inside & (get(rows, rows_stride, WEIGHT, i, inside) != 0)
-    scale = (get(rows, rows_stride, INV_PRED, i, counts) / temperature(tau, learned)).to(tl.float32)
-    inv_target = get(rows, rows_stride, INV_TARGET, i, counts).to(tl.float32)
+    group, row, i, inside, counts = rows_of_program(rows, rows_stride, size, BLOCK_M)
+    scale, inv_target = row_scales(rows, rows_stride, i, counts, temperature(tau, learned))
     own_key = own + row
     before = tl.where(counts, get(rows, rows_stride, MAX, i, counts), LOWEST)
     top = before.to(tl.float32)
@@ -145,11 +150,8 @@ def softmax_stats_kernel(
     guide_group, guide_row, BY_ID: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Merges the block into the row's maximum and sum, and into what positives by id need; leaves the scaled logits."""
-    group, row, i = rows_of_program(size, BLOCK_M)
-    inside = row < size
-    counts = inside & (get(rows, rows_stride, WEIGHT, i, inside) != 0)
-    scale = (get(rows, rows_stride, INV_PRED, i, counts) / temperature(tau, learned)).to(tl.float32)
-    inv_target = get(rows, rows_stride, INV_TARGET, i, counts).to(tl.float32)
+    group, row, i, inside, counts = rows_of_program(rows, rows_stride, size, BLOCK_M)
+    scale, inv_target = row_scales(rows, rows_stride, i, counts, temperature(tau, learned))
     own_key = own + row
     top = tl.where(counts, get(rows, rows_stride, MAX, i, counts), LOWEST).to(tl.float32)
     total = get(rows, rows_stride, OTHERS, i, counts)
@@ -204,13 +206,10 @@ def softmax_weights_kernel(
     HAS_COLS: tl.constexpr, BY_ID: tl.constexpr, RAW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Leaves v/|k|: the normalised weights of both directions, less the positives' share."""
-    group, row, i = rows_of_program(size, BLOCK_M)
-    inside = row < size
-    counts = inside & (get(rows, rows_stride, WEIGHT, i, inside) != 0)
+    group, row, i, inside, counts = rows_of_program(rows, rows_stride, size, BLOCK_M)
     sending = sends(rows, rows_stride, i, counts)
     value = temperature(tau, learned)
-    scale = (get(rows, rows_stride, INV_PRED, i, counts) / value).to(tl.float32)
-    inv_target = get(rows, rows_stride, INV_TARGET, i, counts).to(tl.float32)
+    scale, inv_target = row_scales(rows, rows_stride, i, counts, value)
     own_key = own + row
     top = tl.where(counts, get(rows, rows_stride, MAX, i, counts), LOWEST)
     direction: tl.constexpr = 0.5 if BOTH else 1.0
