@@ -77,8 +77,8 @@ def _objects(build: Build, sources: list[Path]) -> list[Path]:
         target = folder / f"{source.stem}.o"
         if not target.exists() or target.stat().st_mtime <= max(newest, source.stat().st_mtime):
             # The scheduler stays without instrumentation: the sanitizers are told of its switches.
-            sanitize = () if source in (*SCHEDULER, HERE / "count.cpp") else build.sanitize
-            _gcc(target, [*_FLAGS, *build.define, *sanitize, "-c", "-x", "c++", str(source)])
+            own = ("-O2",) if source in (*SCHEDULER, HERE / "count.cpp") else build.sanitize
+            _gcc(target, [*_FLAGS, *build.define, *own, "-c", "-x", "c++", str(source)])
         return target
 
     with ThreadPoolExecutor(2) as pool:
