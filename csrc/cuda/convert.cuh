@@ -7,7 +7,7 @@
 #include "launch.h"
 
 #ifdef AMN_SIMT
-#include <cstring>
+#include <bit>
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -17,38 +17,15 @@ namespace amn::cuda {
 
 #ifdef AMN_SIMT
 
-inline float float_of_bits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-inline double double_of_bits(uint32_t low, uint32_t high) {
-  const uint64_t bits = uint64_t{high} << 32 | low;
-  double x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
+inline float float_of_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
+inline double double_of_bits(uint32_t low, uint32_t high) { return std::bit_cast<double>(uint64_t{high} << 32 | low); }
 inline uint2 bits_of(double x) {
-  uint64_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
+  const auto bits = std::bit_cast<uint64_t>(x);
   return make_uint2(static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32));
 }
-inline float float_of_half(uint16_t bits) {
-  _Float16 x;
-  std::memcpy(&x, &bits, sizeof x);
-  return static_cast<float>(x);
-}
-inline uint16_t half_of(float x) {
-  const _Float16 half = static_cast<_Float16>(x);
-  uint16_t bits;
-  std::memcpy(&bits, &half, sizeof bits);
-  return bits;
-}
+inline float float_of_half(uint16_t bits) { return std::bit_cast<_Float16>(bits); }
+inline uint16_t half_of(float x) { return std::bit_cast<uint16_t>(static_cast<_Float16>(x)); }
 inline uint16_t bfloat16_of(float x) {  // to nearest, ties to even
   const uint32_t bits = bits_of(x);
   if (x != x) return 0x7fff;
