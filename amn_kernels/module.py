@@ -82,12 +82,13 @@ class FusedSeqLoss(nn.Module):
     ) -> Tensor:  # []
         """The loss; see `amn_kernels.functional.seq_loss` for arguments, result and errors."""
         check_inputs(pred, target, self.options, mask, extra_negatives, ids)
+        # From `_buffers`: a module finds its buffers as attributes only after a failed search, which takes a microsecond.
         loss, self._last.stats = functional.evaluate(
             pred,
             target,
             self.options,
             self._backend,
-            weights=self._weights,
+            weights=self._buffers["_weights"],
             weighting=self.weighting,
             told=self._last.told,
             temperature=self.log_temperature.exp() if self.options.learnable_temperature else None,

@@ -74,13 +74,14 @@ class BalancedWeighting(nn.Module):
         Raises ValueError if the state is not on the device of the call.
         """
         self.check_device(device)
+        buffers = self._buffers  # as attributes they cost a failed search each
         return (
-            self.mean,
-            self.updates,
-            self.calls,
-            self.skipped,
-            self.lambdas,
-            self.most,
+            buffers["mean"],
+            buffers["updates"],
+            buffers["calls"],
+            buffers["skipped"],
+            buffers["lambdas"],
+            buffers["most"],
             self.anchor,
             self.decay,
             self.update_every,

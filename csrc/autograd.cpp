@@ -158,16 +158,17 @@ Results run_forward(
   return {loss, values, gram, metrics, applied, rows, attention, columns};
 }
 
+// Loss and values, which have a gradient, are outputs of the node; what has none is left in `results` alone.
 class SeqLoss : public torch::autograd::Function<SeqLoss> {
  public:
   static variable_list forward(
-      AutogradContext* ctx, const Tensor& pred, const Tensor& target, const OptionalTensor& weights,
+      AutogradContext* ctx, Results* results, const Tensor& pred, const Tensor& target, const OptionalTensor& weights,
       const Balance* state, const OptionalTensor& mask, const OptionalTensor& ids,
       const OptionalTensor& extra_negatives, const OptionalTensor& learned_temperature, at::IntArrayRef terms,
       at::IntArrayRef monitored, double temperature, bool both, int64_t negatives, bool positives_by_id, double margin,
       double variance_target, int64_t chunk_bytes, int64_t needs) {
     at::AutoDispatchBelowADInplaceOrView below;
-    const Results out = run_forward(
+    const Results& out = *results = run_forward(
         pred, target, weights, state, mask, ids, extra_negatives, learned_temperature, terms, monitored, temperature,
         both, negatives, positives_by_id, margin, variance_target, chunk_bytes, needs);
     ctx->save_for_backward(
@@ -178,15 +179,8 @@ class SeqLoss : public torch::autograd::Function<SeqLoss> {
     ctx->saved_data["monitored"] = monitored;
     ctx->saved_data["numbers"] = std::vector<double>{temperature, margin, variance_target};
     ctx->saved_data["choices"] = std::vector<int64_t>{both, negatives, positives_by_id, needs, saving_is_hooked()};
-    ctx->set_materialize_grads(false);  // gram and metrics have no gradient; zeros for them would be made in vain
-    variable_list results{out.loss, out.values, out.gram, out.metrics};
-    variable_list constant{out.gram, out.metrics};
-    if (state != nullptr) {
-      results.push_back(out.weights);
-      constant.push_back(out.weights);
-    }
-    ctx->mark_non_differentiable(constant);
-    return results;
+    ctx->set_materialize_grads(false);  // the values seldom get a gradient; zeros for them would be made in vain
+    return {out.loss, out.values};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -220,7 +214,7 @@ class SeqLoss : public torch::autograd::Function<SeqLoss> {
           saved[7], attention, saved[9], needs, /*reuses_attention=*/!hooked && is_last_use(attention));
     }
     // Positions of pred, target, extra_negatives and learned_temperature among the inputs.
-    constexpr int64_t kPosition[] = {0, 1, 6, 7};
+    constexpr int64_t kPosition[] = {1, 2, 7, 8};
     auto next = out.begin();
     for (int64_t i = 0; i < 4; ++i) {
       if (needs & (1 << i)) result[kPosition[i]] = *next++;
@@ -229,7 +223,7 @@ class SeqLoss : public torch::autograd::Function<SeqLoss> {
   }
 
  private:
-  static constexpr size_t kInputs = 18;
+  static constexpr size_t kInputs = 19;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apply(
@@ -245,16 +239,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apply(
             (needs_gradient(extra_negatives) ? kNeedsExtra : 0) |
             (needs_gradient(learned_temperature) ? kNeedsTemperature : 0);
   }
+  Results out;
   if (needs == 0) {
-    const Results out = run_forward(
+    out = run_forward(
         pred, target, weights, state, mask, ids, extra_negatives, learned_temperature, terms, monitored, temperature,
         both, negatives, positives_by_id, margin, variance_target, chunk_bytes, needs);
-    return {out.loss, out.values, out.gram, out.metrics, out.weights};
+  } else {
+    const variable_list differentiable = SeqLoss::apply(
+        &out, pred, target, weights, state, mask, ids, extra_negatives, learned_temperature, terms, monitored,
+        temperature, both, negatives, positives_by_id, margin, variance_target, chunk_bytes, needs);
+    out.loss = differentiable[0];
+    out.values = differentiable[1];
   }
-  const auto out = SeqLoss::apply(
-      pred, target, weights, state, mask, ids, extra_negatives, learned_temperature, terms, monitored, temperature,
-      both, negatives, positives_by_id, margin, variance_target, chunk_bytes, needs);
-  return {out[0], out[1], out[2], out[3], state != nullptr ? out[4] : Tensor()};
+  return {out.loss, out.values, out.gram, out.metrics, out.weights};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> seq_loss_fixed(

@@ -103,15 +103,18 @@ Forward forward(
     const bool same = p.dtype() == factors && t.dtype() == factors;
     const Rows queries = same ? p : rows_in(pred, factors), keys = same ? t : rows_in(target, factors);
     const Infonce infonce(prim, options, queries, keys, extra, group_ids, rows, key_scale, chunk_bytes);
-    const Tensor q = attends ? attention.narrow(0, n, target_section) : attention;
-    const Tensor e = attends ? attention.narrow(0, n + target_section, extra_section) : attention;
     if (plain) {
       infonce.plain(o);
     } else {
-      infonce.general(o, q, e);
+      const auto section = [&](int64_t begin, int64_t count) {
+        return attends ? attention.narrow(0, begin, count) : attention;
+      };
+      infonce.general(o, section(n, target_section), section(n + target_section, extra_section));
     }
-    if (e.size(0)) {
-      prim.row_dots(extra, extra, e, extra_rows, Attention::kByKey, options.form, options.temperature);
+    if (extra_section) {
+      prim.row_dots(
+          extra, extra, attention.narrow(0, n + target_section, extra_section), extra_rows, Attention::kByKey,
+          options.form, options.temperature);
     }
   }
   if (target_section) {
