@@ -82,7 +82,7 @@ class FusedSeqLoss(nn.Module):
     ) -> Tensor:  # []
         """The loss; see `amn_kernels.functional.seq_loss` for arguments, result and errors."""
         check_inputs(pred, target, self.options, mask, extra_negatives, ids)
-        # From `_buffers`: a module finds its buffers as attributes only after a failed search, which takes a microsecond.
+        # From `_buffers`: as an attribute a buffer is found only after a failed search, which takes a microsecond.
         loss, self._last.stats = functional.evaluate(
             pred,
             target,
