@@ -20,7 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     missing = [name for name in TRAIN_EXTRA if importlib.util.find_spec(name) is None]
     if missing:
-        return _fail(f"this needs {', '.join(missing)}: pip install 'amn-kernels[train]' (only `info` works without)")
+        return _fail(
+            f"this needs {', '.join(missing)}: in a checkout, pip install --no-build-isolation '.[train]' "
+            "(only `info` works without)"
+        )
 
     from amn_kernels.train import commands
 

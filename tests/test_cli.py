@@ -168,7 +168,7 @@ def test_without_the_train_extra_only_info_works(command, code):
         assert "reference" in run.stdout
     else:
         assert run.stderr.count("\n") == 1
-        assert "pip install 'amn-kernels[train]'" in run.stderr
+        assert "in a checkout, pip install --no-build-isolation '.[train]'" in run.stderr
 
 
 def test_help_lists_every_subcommand_and_flag(capsys):

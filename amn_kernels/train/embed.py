@@ -86,6 +86,8 @@ def _sentence_transformers(config: EmbedConfig) -> Encoder:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        raise ValueError(f"embed needs sentence-transformers: pip install 'amn-kernels[embed]' ({error})") from error
+        raise ValueError(
+            f"embed needs sentence-transformers: in a checkout, pip install --no-build-isolation '.[embed]' ({error})"
+        ) from error
     model = SentenceTransformer(config.model, device=config.device)
     return lambda texts: model.encode(texts, convert_to_numpy=True, show_progress_bar=False)

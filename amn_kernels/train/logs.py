@@ -50,7 +50,9 @@ def tensorboard_log(out: Path, first_epoch: int) -> Iterator[Callable[[dict], No
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError(f"tensorboard needs a package: pip install 'amn-kernels[tensorboard]' ({error})") from error
+        raise ValueError(
+            f"tensorboard needs a package: in a checkout, pip install --no-build-isolation '.[tensorboard]' ({error})"
+        ) from error
     with SummaryWriter(out / TENSORBOARD, purge_step=first_epoch) as writer:
 
         def write(row: dict) -> None:
