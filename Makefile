@@ -5,9 +5,9 @@
 #   make lint    ruff, types (also make types)   make wheels    sdist and wheels into dist/, tested
 #   make examples   run the examples of other people's training loops
 #   make docs    the documentation as HTML, into build/docs
-#   make bench   speed and memory against eager PyTorch and torch.compile, and the table of it in the README
-#   make bench-peers   the same for other libraries, over rows, dimensions and dtypes: hours
-#   make profile       where the time of a step goes, part by part, and the table of it in the README
+#   make bench   speed and memory against eager PyTorch and torch.compile: docs/bench.md and the table in the README
+#   make bench-peers   InfoNCE against other libraries, over rows, dimensions and dtypes: docs/bench.md (hours)
+#   make profile       where the time of a step goes, part by part: docs/bench.md
 #   make kernels-check   registers, spills, occupancy and bank conflicts of the compiled GPU kernels
 #   make cost    bytes, operations and launches of the GPU kernels, counted
 #   make ptx-proof   barriers and races in the PTX of the CUDA kernels: docs/ptx_proof.md (minutes)

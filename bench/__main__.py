@@ -1,4 +1,4 @@
-"""`python -m bench`: MSE + cosine + InfoNCE against eager PyTorch and torch.compile; writes JSON and the README."""
+"""`python -m bench`: MSE + cosine + InfoNCE against eager PyTorch and torch.compile; writes JSON, page and README."""
 
 import json
 import os

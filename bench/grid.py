@@ -1,4 +1,4 @@
-"""`python -m bench.grid`: InfoNCE against other libraries over sizes and dtypes; writes JSON, plots and README tables.
+"""`python -m bench.grid`: InfoNCE against other libraries over sizes and dtypes; writes JSON, plot, page and README.
 
 Time of forward + backward by turns in one process; extra peak memory in a process per contender; the growth of both
 with the number of rows, as the exponent of a power law fitted to the larger half of the sizes.

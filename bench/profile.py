@@ -2,7 +2,7 @@
 
 Every part is timed by itself, in turns with the whole step; what lies between is a difference, so that the parts add up
 to the step. A primitive is what its op takes on all rows less what it takes on one row of one number. Writes JSON and
-the README.
+docs/bench.md.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""From docs/bench/*.json: the plots in docs/, and what the README shows between its bench:... and /bench markers."""
+"""From docs/bench/*.json: docs/bench.md, its plot, and what the README has between its bench:... and /bench markers."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import operator
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,13 +14,22 @@ import torch
 from amn_kernels import ops
 from amn_kernels.train.runs import write_atomically
 from bench import timing
+from bench.plot import draw
 
 ROOT = Path(__file__).parent.parent
 TERMS = ROOT / "docs/bench/terms.json"
 PEERS = ROOT / "docs/bench/peers.json"
 PROFILE = ROOT / "docs/bench/profile.json"
 README = ROOT / "README.md"
-DIM, DTYPE = 768, "float32"  # of tables and plots; other cells count for the worst ratio
+PAGE = ROOT / "docs/bench.md"
+PLOT = ROOT / "docs/bench-peers.png"
+INTRODUCTION = (
+    "Written by the commands named below, from the figures that they leave in `docs/bench`. All of it is of one CPU; "
+    "nothing was measured on a GPU. Contenders take turns in one process, and a ratio is the median of those within a "
+    "turn. The matrix products are torch's own (MKL) on both sides. At few rows the fixed cost of a call counts, not "
+    "arithmetic."
+)
+DIM, DTYPE = 768, "float32"  # of tables and plot; other cells count for the worst ratio
 TITLES = {
     "pred_to_target": "pred to target",
     "both": "both directions",
@@ -41,17 +50,31 @@ def machine() -> dict:
 
 
 def render() -> None:
-    """Draw the plots and rewrite the README from the files that are there."""
+    """Draw the plot, write the page and rewrite the README, all from the files that are there."""
+    terms, profile, peers = (
+        json.loads(path.read_text()) if path.exists() else None for path in (TERMS, PROFILE, PEERS)
+    )
     text = README.read_text()
-    if TERMS.exists():
-        text = _between(text, "terms", terms_section(json.loads(TERMS.read_text())))
-    if PROFILE.exists():
-        text = _between(text, "profile", profile_section(json.loads(PROFILE.read_text())))
-    if PEERS.exists():
-        result = json.loads(PEERS.read_text())
-        draw(result)
-        text = _between(text, "peers", peers_section(result))
+    if terms:
+        text = _between(text, "terms", terms_summary(terms))
+    if peers:
+        draw(peers, PLOT, DIM, DTYPE)
+        text = _between(text, "peers", peers_summary(peers))
+    write_atomically(PAGE, page(terms, profile, peers))
     write_atomically(README, text)
+
+
+def page(terms: dict | None, profile: dict | None, peers: dict | None) -> str:
+    """docs/bench.md; what was not measured is left out."""
+    parts = ["# Benchmarks", _document([INTRODUCTION])]
+    for title, command, section, result in (
+        ("MSE + cosine + InfoNCE", "make bench", terms_section, terms),
+        ("Where the time of a step goes", "make profile", profile_section, profile),
+        ("InfoNCE against other libraries", "make bench-peers", peers_section, peers),
+    ):
+        if result:
+            parts += [f"## {title}", f"Measured by `{command}`.", section(result)]
+    return "\n\n".join(parts) + "\n"
 
 
 def _between(text: str, name: str, body: str) -> str:
@@ -107,50 +130,82 @@ def _machine(of: dict) -> str:
     return f"CPU with {of['cores']} cores and {of['isa'].upper()}, {threads}, {of['clock']}, torch {of['torch']}"
 
 
+def terms_summary(result: dict) -> str:
+    """For the README: MSE + cosine + InfoNCE against eager PyTorch and torch.compile, time and memory."""
+    return _document(
+        [
+            f"{_machine(result['machine'])}. MSE + cosine + InfoNCE, forward + backward, float32, D = 768; medians. At "
+            'fixed weights, so that all compute the same; *balanced* is `weighting="gradient"`, in units of fused.',
+            _times(result, ("balanced",)),
+            "Extra peak memory of such a step, in MiB; what is empty was not measured:",
+            _terms_memory(result),
+        ]
+    )
+
+
 def terms_section(result: dict) -> str:
-    """MSE + cosine + InfoNCE against eager PyTorch and torch.compile, memory and accuracy."""
-    parts = [
-        f"{_machine(result['machine'])}. MSE + cosine + InfoNCE, forward + backward, float32, D = 768, fixed weights, "
-        "so that all compute the same; medians of runs by turns in one process, ratios within a turn (load average of "
-        f"the machine at the start: {result['load']:.1f}). The last column is what the two matrix products that the op "
-        "contains take alone.",
-    ]
+    """For the page: the same with what bounds it, the gain from threads, and accuracy."""
+    return _document(
+        [
+            f"{_machine(result['machine'])}. MSE + cosine + InfoNCE, forward + backward, float32, D = 768, fixed "
+            "weights, so that all compute the same; medians (load average of the machine at the start: "
+            f"{result['load']:.1f}). The last three columns are in units of fused: with balanced weights, in bfloat16, "
+            "and the two matrix products that the op contains, alone.",
+            _times(result, ("balanced", "bfloat16", "products")),
+            *_streamed(result),
+            *_scaling([e for e in result["times"] if e["kind"] == "scaling"]),
+            "Extra peak memory of a step, in MiB; what is empty was not measured:",
+            _terms_memory(result),
+            "Relative error of the float32 gradient against float64, of fused (of eager). Columns: pred is random (1), "
+            "within 5% of target (0.05), or within 0.1% (0.001).",
+            _accuracy(result),
+        ]
+    )
+
+
+UNITS_OF_FUSED = {"balanced": "balanced", "bfloat16": "bfloat16", "products": "two bare products"}
+"""Heading of what is shown as a ratio to the fused op alone."""
+
+
+def _times(result: dict, ratios: Iterable[str]) -> str:
     rows = []
     for entry in (e for e in result["times"] if e["kind"] == "all_terms"):
         of = entry["contenders"]
-        rows.append(
-            [
-                f"{entry['rows']:,}", *(_time(of[name]["seconds"]) for name in ("fused", "eager", "compile")),
-                f"{min(of['eager']['ratio'], of['compile']['ratio']):.2f}x", f"{of['balanced']['ratio']:.2f}x",
-                f"{of['bfloat16']['ratio']:.2f}x", f"{of['products']['ratio']:.0%}",
-            ]
-        )  # fmt: skip
-    times, ratios = ("fused", "eager", "torch.compile"), ("faster of the two / fused", "balanced / fixed weights")
-    parts.append(_table(["rows", *times, *ratios, "bfloat16 / float32", "two bare products / fused"], rows))
+        faster = min(of["eager"]["ratio"], of["compile"]["ratio"])
+        times = (_time(of[name]["seconds"]) for name in ("fused", "eager", "compile"))
+        rows.append([f"{entry['rows']:,}", *times, *(f"{x:.2f}x" for x in (faster, *(of[n]["ratio"] for n in ratios)))])
+    head = ["rows", "fused", "eager PyTorch", "torch.compile", "faster of these two / fused"]
+    return _table([*head, *(UNITS_OF_FUSED[name] for name in ratios)], rows)
+
+
+def _streamed(result: dict) -> Iterator[str]:
     for entry in (e for e in result["times"] if e["kind"] == "streamed_terms"):
         of = {name: _time(r["seconds"]) for name, r in entry["contenders"].items()}
         share = 1 / entry["contenders"]["move"]["ratio"]
-        parts.append(
+        yield (
             f"MSE + cosine alone at {entry['rows']:,} rows: {of['fused']} (torch.compile {of['compile']}, eager "
-            f"{of['eager']}), {share:.2f} times what moving five such tensors takes."
+            f"{of['eager']}). The step reads pred and target twice and writes a gradient. PyTorch's `pred.sum()`, "
+            f"`target.sum()` and `pred + target`, which read and write as much, take {of['move']}: fused takes "
+            f"{share:.2f} times that."
         )
-    parts += _scaling([e for e in result["times"] if e["kind"] == "scaling"])
-    extra = ", ".join(f"{e['contender']} {e['bytes'] / 2**20:,.0f} MiB at {e['rows']:,}" for e in result["memory"])
-    parts.append(f"Extra peak memory by rows (both: in both directions): {extra}.")
-    parts.append(
-        "Relative error of the float32 gradient against float64, where pred is random or within 5% and 0.1% of target, "
-        "fused (eager):"
-    )
+
+
+def _terms_memory(result: dict) -> str:
+    found = {(e["contender"], e["rows"]): f"{e['bytes'] / 2**20:,.0f}" for e in result["memory"]}
+    names, sizes = (list(dict.fromkeys(keys)) for keys in zip(*found, strict=True))
+    titles = {"eager": "eager PyTorch", "compile": "torch.compile", "both": "fused, both directions"}
+    rows = ([titles.get(name, name), *(found.get((name, n), "") for n in sizes)] for name in names)
+    return _table(["", *(f"{n:,} rows" for n in sizes)], rows)
+
+
+def _accuracy(result: dict) -> str:
     terms = list(dict.fromkeys(e["term"] for e in result["accuracy"]))
     distances = list(dict.fromkeys(e["distance"] for e in result["accuracy"]))
     found = {(e["term"], e["distance"]): e for e in result["accuracy"]}
-    parts.append(
-        _table(
-            ["term", *(f"{d:g}" for d in distances)],
-            ([t, *(f"{found[t, d]['fused']:.1e} ({found[t, d]['eager']:.1e})" for d in distances)] for t in terms),
-        )
+    return _table(
+        ["term", *(f"{d:g}" for d in distances)],
+        ([t, *(f"{found[t, d]['fused']:.1e} ({found[t, d]['eager']:.1e})" for d in distances)] for t in terms),
     )
-    return _document(parts)
 
 
 def _scaling(entries: list[dict]) -> list[str]:
@@ -165,8 +220,8 @@ def _scaling(entries: list[dict]) -> list[str]:
         for e in entries
     ]
     return [
-        f"One thread against {entries[0]['threads']}, switched from turn to turn: time with one over time with all, "
-        "median and quartiles, and the same of the two bare products, which bound it:",
+        f"What {entries[0]['threads']} threads gain over one: time with one over time with all, median and quartiles. "
+        "The number of threads is switched from turn to turn. The two bare products bound it:",
         _table(["rows", "fused", "quartiles", "two bare products", "quartiles"], rows),
     ]
 
@@ -208,24 +263,40 @@ def _peers_of(cells: list[dict]) -> list[str]:
     return list(dict.fromkeys(name for cell in cells for name in cell["contenders"] if name != "fused"))
 
 
+def peers_summary(result: dict) -> str:
+    """For the README: in how many comparisons with other libraries fused is faster, and the worst of them."""
+    pairs = _pairs(result["times"])
+    ratio, name, cell = min(pairs, key=operator.itemgetter(0))
+    names = {name for _, name, _ in pairs}
+    lost = sum(ratio < 1 for ratio, _, _ in pairs)
+    faster = f"in all {len(pairs)} comparisons" if not lost else f"in {len(pairs) - lost} of {len(pairs)} comparisons"
+    return _document(
+        [
+            f"InfoNCE alone, against {len(names)} other implementations: fused was faster {faster}. The worst ratio is "
+            f"{ratio:.2f}x, against {name} at {_cell(cell)}. All tables: [docs/bench.md](docs/bench.md)."
+        ]
+    )
+
+
 def peers_section(result: dict) -> str:
-    """InfoNCE alone against other libraries: ratios, the worst of each, growth, memory, and where they win."""
+    """For the page: InfoNCE against other libraries, with the worst ratio of each, growth and memory."""
     cells = result["times"]
-    others = sorted({f"D = {c['dim']} {c['dtype']}" for c in cells if (c["dim"], c["dtype"]) != (DIM, DTYPE)})
+    others = sorted({f"D = {c['dim']:,} {c['dtype']}" for c in cells if (c["dim"], c["dtype"]) != (DIM, DTYPE)})
     parts = [
-        f"{_machine(result['machine'])}. InfoNCE alone, forward + backward; equality of value and gradients was "
-        "asserted before a cell was timed. Contenders take turns in one process; a figure is the median of the peer's "
-        "time over that of fused in the same turn, above 1 where fused is faster. Columns: rows at "
-        f"D = {DIM}, {DTYPE}; *worst*: over all cells measured{' (' + ', '.join(others) + ' too)' if others else ''}; "
-        f"*growth*: the exponent of N fitted to the larger half. {_noise(cells)}",
-        "![time and memory against rows](docs/bench-peers.png)",
+        f"{_machine(result['machine'])}. InfoNCE alone, forward + backward. That value and gradients are equal was "
+        "asserted before a cell was timed. The row *fused* has times, each other row its time over that of fused: "
+        "above 1 fused is faster.",
+        f"Columns: rows at D = {DIM}, {DTYPE}; *worst*: the smallest ratio of all cells measured"
+        f"{', ' + ', '.join(others) + ' included' if others else ''}; *growth*: the exponent of N fitted to the larger "
+        f"half of the sizes, or to all if they are at most 3. {_noise(cells)}",
+        f"![time and memory against rows]({PLOT.name})",
     ]
     for contest, title in TITLES.items():
         of_contest = [c for c in cells if c["contest"] == contest]
         shown = sorted((c for c in of_contest if c["dim"] == DIM and c["dtype"] == DTYPE), key=lambda c: c["rows"])
         if not shown:
             continue
-        parts.append(f"**{title[0].upper()}{title[1:]}**")
+        parts.append(f"### {title[0].upper()}{title[1:]}")
         fused = {c["rows"]: c["contenders"]["fused"]["seconds"] for c in shown}
         rows = [["fused", *map(_time, fused.values()), "", _growth(fused)]]
         for name in _peers_of(shown):
@@ -246,8 +317,8 @@ def _noise(cells: list[dict]) -> str:
     load = [c["load"] for c in cells]
     middle, most = spread[len(spread) // 2], spread[9 * len(spread) // 10]
     return (
-        f"The machine was shared (load average {min(load):.1f} to {max(load):.1f}): from quartile to quartile of the "
-        f"turns it is {middle:.0%} of the ratio in the middle comparison, at most {most:.0%} in nine of ten."
+        f"The machine was shared (load average {min(load):.1f} to {max(load):.1f}). The interquartile range of a ratio "
+        f"is {middle:.0%} of it at the median comparison, and at most {most:.0%} in 90% of them."
     )
 
 
@@ -264,15 +335,21 @@ def _worst(cells: list[dict], name: str) -> str:
     return f"{ratio:.2f}x ({cell['rows']:,}{dim}{dtype})"
 
 
+def _pairs(cells: list[dict]) -> list[tuple[float, str, dict]]:
+    """Ratio, contender and cell of all comparisons with fused."""
+    return [(r["ratio"], n, c) for c in cells for n, r in c["contenders"].items() if n != "fused"]
+
+
+def _cell(cell: dict) -> str:
+    return f"{cell['rows']:,} rows, D = {cell['dim']:,}, {cell['dtype']}"
+
+
 def _losses(cells: list[dict]) -> str:
-    pairs = [(r["ratio"], n, c) for c in cells for n, r in c["contenders"].items() if n != "fused"]
+    pairs = _pairs(cells)
     lost = sorted((p for p in pairs if p[0] < 1), key=lambda p: p[0])
     if not lost:
         return f"Fused was the faster one in all {len(pairs)} comparisons."
-    where = "; ".join(
-        f"{n}, {TITLES[c['contest']]}, {c['rows']:,} rows, D {c['dim']:,}, {c['dtype']}: {ratio:.2f}x"
-        for ratio, n, c in lost
-    )
+    where = "; ".join(f"{n}, {TITLES[c['contest']]}, {_cell(c)}: {ratio:.2f}x" for ratio, n, c in lost)
     return f"Fused was the slower one in {len(lost)} of {len(pairs)} comparisons: {where}."
 
 
@@ -291,50 +368,13 @@ def _memory(result: dict) -> str:
             share = "" if name == "fused" else f"{found['fused', last] / own[last]:.0%}"
             rows.append([name, *(f"{own[n] / 2**20:,.0f}" if n in own else "" for n in sizes), share, _growth(own)])
         parts.append(f"Extra peak memory, {title}, MiB at D = {DIM}, float32:")
-        parts.append(_table(["", *(f"{n:,}" for n in sizes), "fused / it", "growth"], rows))
+        parts.append(_table(["", *(f"{n:,}" for n in sizes), "fused as a share of it", "growth"], rows))
     for entry in result["alone"]:
         parts.append(
             f"Fused alone at {entry['rows']:,} rows, D = {entry['dim']}: {_time(entry['seconds'])}, "
             f"{entry['bytes'] / 2**20:,.0f} MiB extra."
         )
     return "\n\n".join(parts)
-
-
-def draw(result: dict) -> None:
-    """Time and memory against rows, pred to target, on logarithmic axes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib import ticker
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
-    cells = [c for c in result["times"] if c["contest"] == "pred_to_target" and c["dim"] == DIM and c["dtype"] == DTYPE]
-    cells.sort(key=lambda c: c["rows"])
-    names = ["fused", *_peers_of(cells)]
-    for name in names:
-        style = {"linewidth": 2.5, "zorder": 3} if name == "fused" else {"linewidth": 1.2}
-        there = [(c["rows"], c["contenders"][name]["seconds"] * 1e3) for c in cells if name in c["contenders"]]
-        axes[0].plot(*zip(*there, strict=True), marker="o", markersize=3, label=name, **style)
-        held = sorted(
-            (e["rows"], e["bytes"] / 2**20)
-            for e in result["memory"]
-            if e["contest"] == "pred_to_target" and e["contender"] == name
-        )
-        axes[1].plot([n for n, _ in held], [m for _, m in held], marker="o", markersize=3, **style)
-    axes[0].set_ylabel("forward + backward, ms")
-    axes[1].set_ylabel("extra peak memory, MiB")
-    for axis in axes:
-        axis.set(xscale="log", yscale="log", xlabel="rows")
-        axis.xaxis.set_minor_locator(ticker.NullLocator())
-        axis.xaxis.set_major_locator(ticker.FixedLocator([2**k for k in range(5, 16)]))
-        axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda rows, _: f"{rows:,.0f}"))
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7, loc="lower right")
-    figure.suptitle(f"InfoNCE, pred to target, D = {DIM}, {DTYPE}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs/bench-peers.png", dpi=130)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -301,25 +301,44 @@ def _line(x: Verdict) -> str:
     return f"{x.kernel} {x.launch.grid} {x.launch.block}: {x.verdict} {f'({x.note})' if x.note else ''}"
 
 
+INTRODUCTION = f"""\
+# Barriers and races in the PTX of the CUDA kernels
+
+Written by `make ptx-proof`: sentryward on what nvcc makes of every kernel for sm_{ARCH}, in float32. Each is launched
+as the launchers do, for {SIZES.rows} rows of {SIZES.dim} numbers and {SIZES.keys} keys, or for {SIZES.sums:,} rows
+where a sum takes more than a block.
+
+The verdicts:
+
+- *proven*: in every schedule of that launch threads meet at their barriers, and no two of them touch the same memory
+  without order;
+- *proven on the paths taken*: the same, but some branches or loops depend on data, and only the runs that the last
+  column names were looked at;
+- *refuted*: threads that do not meet, or two accesses without order, were found;
+- *not verified*: sentryward gave no verdict. That says nothing of the kernel.
+
+The last column:
+
+- *2 branches on data: none taken, and all*: sentryward does not follow both sides of a branch that depends on data.
+  There were two runs, one in which none of the 2 branches is taken and one in which all are. Mixtures were not looked
+  at;
+- *2 loops of one turn*: how often these 2 loops run depends on data; they were left after one turn;
+- *invalid ptx syntax*, *unsupported*: limits of sentryward. ptxas assembles the same kernels (`make kernels-check`);
+- *memory budget exceeded*: the run was ended at {MEGABYTES:,} MiB, a limit that `tests/ptx_proof.py` sets.
+"""
+
+_HEAD = ["| kernel | grid | block | verdict | |", "|---|---|---|---|---|"]
+
+
+def counts(verdicts: list[str]) -> str:
+    """How many launches have which verdict, in a sentence."""
+    found = {verdict: verdicts.count(verdict) for verdict in (PROVEN, PROVEN_ON_PATHS, "refuted", "not verified")}
+    return f"Of {len(verdicts)} launches: " + ", ".join(f"{n} {verdict}" for verdict, n in found.items() if n) + "."
+
+
 def table(verdicts: list[Verdict], detected: list[tuple[Mutation, Verdict]]) -> str:
     """docs/ptx_proof.md."""
-    lines = [
-        "# Barriers and races in the PTX of the CUDA kernels",
-        "",
-        f"Written by `make ptx-proof`: sentryward on what nvcc makes of every kernel for sm_{ARCH}, in float32, for",
-        f"{SIZES.rows} rows of {SIZES.dim} numbers and {SIZES.keys} keys ({SIZES.sums:,} rows where a sum takes more",
-        "than a block), launched as the launchers do.",
-        "",
-        "- *proven*: in every schedule of that launch threads meet at their barriers, and no two of them touch the",
-        "  same memory without order;",
-        "- *proven on the paths taken*: the same, but some branches depend on data, and only the runs that are named",
-        "  were looked at;",
-        "- *refuted*: threads that do not meet, or two accesses without order, were found;",
-        "- *not verified*: all else, which says nothing of the kernel.",
-        "",
-        "| kernel | grid | block | verdict | |",
-        "|---|---|---|---|---|",
-    ]
+    lines = [INTRODUCTION, counts([x.verdict for x in verdicts]), "", *_HEAD]
     for x in sorted(verdicts, key=lambda x: x.kernel):
         grid, block = (" x ".join(str(n) for n in size) for size in (x.launch.grid, x.launch.block))
         lines.append(f"| `{x.kernel}` | {grid} | {block} | {x.verdict} | {x.note} |")

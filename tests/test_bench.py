@@ -1,6 +1,6 @@
-"""What the benchmarks rest on: equality before timing, turns, fits, a README that shows the files and nothing else."""
+"""What the benchmarks rest on: equality before timing, turns, fits, pages that show the files and nothing else."""
 
-import json
+import re
 
 import pytest
 import torch
@@ -71,17 +71,63 @@ def test_parts_of_the_profile_add_up():
     assert "| Python | 7 (19%) |" in table
 
 
+@pytest.fixture
+def copies(tmp_path, monkeypatch):
+    """What render() writes, in a folder of the test: the README as it is, and no page yet."""
+    monkeypatch.setattr(report, "PLOT", tmp_path / report.PLOT.name)
+    for name in ("README", "PAGE"):
+        monkeypatch.setattr(report, name, tmp_path / getattr(report, name).name)
+    report.README.write_text((report.ROOT / "README.md").read_text())
+    return tmp_path
+
+
+@pytest.mark.skipif(
+    not all(path.exists() for path in (report.TERMS, report.PROFILE, report.PEERS)), reason="not all was measured"
+)
+def test_rendering_changes_nothing(copies):
+    """README.md and docs/bench.md show the files and nothing else, however often they are rendered."""
+    report.render()
+    assert report.README.read_text() == (report.ROOT / "README.md").read_text()
+    assert report.PAGE.read_text() == (report.ROOT / "docs/bench.md").read_text()
+    assert report.PLOT.read_bytes().startswith(b"\x89PNG")
+
+
+def test_rendering_replaces_what_is_between_the_markers(copies):
+    text = report.README.read_text()
+    for name in ("terms", "peers"):
+        opening = f"<!-- bench:{name} -->"
+        before, after = text.split(opening)
+        text = f"{before}{opening}an older figure{after}"
+    report.README.write_text(text)
+    report.render()
+    assert "an older figure" not in report.README.read_text()
+    report.README.write_text(text.replace("<!-- bench:terms -->", ""))
+    with pytest.raises(ValueError, match="bench:terms"):
+        report.render()
+
+
+def test_what_was_not_measured_is_left_out_of_the_page(copies, monkeypatch):
+    monkeypatch.setattr(report, "TERMS", copies / "terms.json")
+    monkeypatch.setattr(report, "PEERS", copies / "peers.json")
+    readme = report.README.read_text()
+    report.render()
+    assert re.findall("^## (.*)", report.PAGE.read_text(), flags=re.M) == ["Where the time of a step goes"]
+    assert report.README.read_text() == readme
+    assert not report.PLOT.exists()
+
+
 @pytest.mark.parametrize(
-    ("name", "file", "section"),
+    ("slow", "says"),
     [
-        ("terms", report.TERMS, report.terms_section),
-        ("profile", report.PROFILE, report.profile_section),
-        ("peers", report.PEERS, report.peers_section),
+        (1.04, "fused was faster in all 3 comparisons. The worst ratio is 1.04x, against slow at 64 rows, D = 768"),
+        (0.97, "fused was faster in 2 of 3 comparisons. The worst ratio is 0.97x, against slow at 64 rows, D = 768"),
     ],
 )
-def test_readme_shows_the_files(name, file, section):
-    if not file.exists():
-        pytest.skip(f"{file.name} is not there: nothing was measured")
-    text = report.README.read_text()
-    shown = text.split(f"<!-- bench:{name} -->")[1].split("<!-- /bench -->")[0]
-    assert shown.strip() == section(json.loads(file.read_text())).strip()
+def test_the_verdict_names_the_worst_ratio(slow, says):
+    def cell(rows, **ratios):
+        contenders = {name: {"ratio": ratio} for name, ratio in {"fused": 1.0, **ratios}.items()}
+        return {"contest": "both", "rows": rows, "dim": 768, "dtype": "float32", "contenders": contenders}
+
+    summary = report.peers_summary({"times": [cell(32, slow=1.5), cell(64, slow=slow, other=2.0)]}).replace("\n", " ")
+    assert "against 2 other implementations" in summary
+    assert says in summary

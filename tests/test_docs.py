@@ -69,3 +69,18 @@ def test_paths_that_are_named_exist(page):
     """`csrc/primitives.h` and the like, in backticks."""
     for path in re.findall(r"`((?:csrc|amn_kernels|python_ref|tests|bench|docs|examples)/[\w/.]+)`", page.read_text()):
         assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+def test_counts_of_the_proof_are_those_of_its_table():
+    """README.md and the page say how many launches have which verdict."""
+    text = (ROOT / "docs" / "ptx_proof.md").read_text()
+    launches = re.findall(r"^\| `.*` \| [\dx ]+ \| [\dx ]+ \| ([a-z ]+) \|", text, flags=re.M)
+    count = {verdict: launches.count(verdict) for verdict in set(launches)}
+    assert "refuted" not in count
+    proven, on_paths, open_ = (count[name] for name in ("proven", "proven on the paths taken", "not verified"))
+    assert f"Of {len(launches)} launches: {proven} proven, {on_paths} proven on the paths taken, {open_} not" in text
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert (
+        f"of {len(launches)} launches {proven} are proven for every schedule, {on_paths} on the paths that were looked "
+        f"at, and {open_} are not verified" in readme
+    )

@@ -245,4 +245,20 @@ def test_readme_shows_the_committed_replay():
     folder = Path(__file__).parents[1]
     results = json.loads((folder / "docs/replay/results.json").read_text())
     table = markdown_table(summarise(results), results["untrained"])
-    assert f"<!-- replay -->\n{table}<!-- /replay -->" in (folder / "README.md").read_text()
+    readme = (folder / "README.md").read_text()
+    assert f"<!-- replay -->\n{table}<!-- /replay -->" in readme
+    # What it says of each seed of AMN.
+    of = {
+        (run["run"], run["seed"]): run["inside"]["metrics"]
+        for run in results["runs"]
+        if run["model"] == "amn" and run["seed"] in (0, 1, 2)
+    }
+
+    def of_mse_only(name, metric, digits):
+        seeds = [f"{of[name, seed][metric] / of[MSE_ONLY, seed][metric]:{digits}}".strip("%") for seed in (0, 1, 2)]
+        return f"{seeds[0]}, {seeds[1]} and {seeds[2]}"
+
+    kept, gained = of_mse_only(GRADIENT, "cosine", ".1%"), of_mse_only(GRADIENT, "hit@10", ".2f")
+    said = " ".join(readme.split())
+    assert f"gradient 0.5/0.5 kept {kept}% of the cosine of MSE only, with {gained} times its hit@10" in said
+    assert f"Fixed 0.5/0.5 kept {of_mse_only(FIXED, 'cosine', '.1%')}%" in said

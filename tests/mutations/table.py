@@ -17,9 +17,17 @@ _NOTHING, _NOT_RUN = "–", "?"
 _INTRODUCTION = f"""\
 # Errors put into the code, and who notices
 
-Made by `make mutations`. Each error is put into a copy of the tree, alone, and the layers look for it that can see
-files of its kind. A word says what a layer noticed. {_NOTHING} it ran and noticed nothing; {_NOT_RUN} it has not run;
-an empty cell: it can't see errors of this kind.
+Made by `make mutations`. Each error is put into a copy of the tree, alone, and every layer that can see files of its
+kind looks for it. What a cell says:
+
+- a word: the layer noticed the error. It saw a wrong *value*, an access *out of bounds*, a *race*, threads that
+  disagree at a barrier (*divergence*) or in a shuffle (*mask*), a *spill* of registers, *narrow loads* or low
+  *occupancy*, or it failed otherwise (*error*);
+- {_NOTHING}: the layer ran and noticed nothing;
+- {_NOT_RUN}: the layer has not run on this error;
+- empty: the layer can't see errors of this kind.
+
+The layers:
 
 - `simt`: recorded calls of the CUDA kernels on the CPU, where every bit of the results is compared; `simt-asan` looks
   at addresses too, `simt-tsan` at races.
