@@ -262,3 +262,23 @@ def test_readme_shows_the_committed_replay():
     said = " ".join(readme.split())
     assert f"gradient 0.5/0.5 kept {kept}% of the cosine of MSE only, with {gained} times its hit@10" in said
     assert f"Fixed 0.5/0.5 kept {of_mse_only(FIXED, 'cosine', '.1%')}%" in said
+
+
+def test_readme_shows_the_demo_of_seed_0():
+    """`make demo` trains what the replay does of AMN and seed 0, so the committed figures have its table."""
+    folder = Path(__file__).parents[1]
+    results = json.loads((folder / "docs/replay/results.json").read_text())
+    runs = {run["run"]: run for run in results["runs"] if (run["model"], run["seed"]) == ("amn", 0)}
+    inside, outside = (results["untrained"][key] for key in ("inside", "outside"))
+    figures_of = {name: (runs[name]["inside"], runs[name]["outside"]) for name in (MSE_ONLY, FIXED, GRADIENT)}
+    for title, name in (
+        ("mean of the context", "mean of context"),
+        ("copy of the last vector", "copy last"),
+        ("best mix of mean and last", "mean-last mix"),
+    ):
+        figures_of[f"{title}, untrained"] = (inside[name], outside[name])
+    readme = (folder / "README.md").read_text().replace("**", "")
+    for title, (within, beyond) in figures_of.items():
+        shown = [within["metrics"][metric] for metric in ("cosine", "hit@10", "excluded_hit@10")]
+        cells = " | ".join(f"{figure:.3f}" for figure in (*shown, beyond["metrics"]["cosine"]))
+        assert f"| {title} | {cells} |" in readme
