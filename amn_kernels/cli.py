@@ -4,7 +4,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-TRAIN_EXTRA = ("matplotlib", "rich", "safetensors", "tyro")
+TRAIN_EXTRA = ("jinja2", "matplotlib", "rich", "safetensors", "tyro")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
