@@ -15,9 +15,10 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("target_dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("target_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_as_the_same_numbers_in_float32_and_rounded_once(dtype, target_dtype, form):
+    """In float64 where one of them is so."""
     shape, options = FORMS[form]
     pred, target = make_rows(*shape)
     pred, target = pred.to(dtype), target.to(target_dtype)
@@ -25,7 +26,8 @@ def test_as_the_same_numbers_in_float32_and_rounded_once(dtype, target_dtype, fo
         pred[0] = torch.nan  # of a masked row nothing is read
     options = {**TERMS["all"], "backend": "cpu", **options}
     got = seq_loss(pred, target, incoming=1024.0, **options)
-    wanted = seq_loss(pred.float(), target.float(), incoming=1024.0, **options)
+    real = torch.promote_types(target_dtype, torch.float32)
+    wanted = seq_loss(pred.to(real), target.to(real), incoming=1024.0, **options)
     assert torch.equal(got.loss, wanted.loss)
     assert torch.equal(got.grad, wanted.grad.to(dtype))
 
@@ -78,6 +80,9 @@ for dtype in (torch.float16, torch.bfloat16):
     for numbers in (random.view(torch.float32), scaled, ties):
         numbers = torch.where(numbers.isfinite(), numbers, 1.0)
         assert_same(gradient(torch.zeros(1024, 1024, dtype=dtype), numbers), (-numbers).to(dtype))
+    nans = torch.where(random % 2**23 == 0, random | 1, random) | 0x7F800000  # with every sign and payload
+    assert gradient(torch.zeros(1024, 1024, dtype=dtype), nans.view(torch.float32)).isnan().all()
+    assert gradient(torch.zeros(1, 1, dtype=dtype), torch.tensor([[-1]], dtype=torch.int32).view(torch.float32)).isnan()
 print(ops.cpu_isa())
 """
 

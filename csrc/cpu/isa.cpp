@@ -1,6 +1,10 @@
 // Run-time choice of the instruction set of the row kernels.
 #include <c10/util/Exception.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <string_view>
 
@@ -12,12 +16,21 @@ namespace {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
+#if defined(__x86_64__)
+// Every machine with AVX2 has F16C, unless a virtual one hides it. Not every compiler's __builtin_cpu_supports knows
+// it.
+bool has_f16c() {
+  unsigned a, b, c = 0, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 // The best instruction set of the machine, or the lower one that AMN_CPU_ISA names (for tests and for measuring).
 Isa detect_isa() {
   Isa best = Isa::kBaseline;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::kAvx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) best = Isa::kAvx2;
   if (best == Isa::kAvx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
     best = Isa::kAvx512;

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
 
 #include "tensors.h"
 
@@ -43,16 +42,20 @@ void row_stats(
     const Tensor& pred, const Tensor& target, const Tensor& rows, const Tensor& key_scale, double weight,
     const InfonceForm& form, const Tensor& pred_copy, const Tensor& target_copy) {
   constexpr double kLowest = -std::numeric_limits<double>::infinity();
-  AT_DISPATCH_FLOATING_TYPES(key_scale.scalar_type(), "row_stats", [&] {
-    const AnyBatch<scalar_t> p(pred, pred_copy), t(target, target_copy);
+  const at::ScalarType real = key_scale.scalar_type();
+  // Rare: float64 and something else.
+  if (!is_read_as_stored(pred, real) || !is_read_as_stored(target, real)) {
+    return row_stats(pred.to(real), target.to(real), rows, key_scale, weight, form, pred_copy, target_copy);
+  }
+  AT_DISPATCH_FLOATING_TYPES(real, "row_stats", [&] {
+    const AnyBatch p(pred), t(target);
+    const auto p_copy = batch_or_none<scalar_t>(pred_copy), t_copy = batch_or_none<scalar_t>(target_copy);
     const auto scale = vectors_of(key_scale, key_scale.data_ptr<scalar_t>());
-    const int64_t dim = pred.size(-1);
-    parallel_rows(p.groups, p.rows, dim, [&](int64_t group, int64_t begin, int64_t end) {
+    parallel_rows(p.groups, p.rows, pred.size(-1), [&](int64_t group, int64_t begin, int64_t end) {
       const Scalars row_scalars = scalars(rows, group * p.rows);
       if (weight > 0) std::fill_n(&row_scalars.at(kWeight, begin), end - begin, weight);
-      std::vector<scalar_t> scratch(p.converts || t.converts ? 2 * dim : 0);
       kernels<scalar_t>().row_stats(
-          p.of(group, scratch.data()), t.of(group, scratch.data() + dim), row_scalars, scale.of(group), begin, end);
+          p.of(group), t.of(group), p_copy.of(group), t_copy.of(group), row_scalars, scale.of(group), begin, end);
       for (int64_t i = begin; i < end; ++i) {
         if (form.both) {
           row_scalars.at(kColMax, i) = kLowest;
@@ -165,25 +168,28 @@ void row_dots(
 void row_combine(
     const Incoming& gradients, const Tensor& pred, const Tensor& target, const Tensor& attention, const Tensor& columns,
     const Tensor& rows, const TermList& terms, const Temperature& temperature, const Tensor& grad) {
+  const at::ScalarType real = attention.scalar_type();
+  // Rare, as above.
+  if (!is_read_as_stored(pred, real) || !is_read_as_stored(target, real) || grad.scalar_type() != pred.scalar_type()) {
+    const Tensor wide = attention.new_empty(grad.sizes());
+    row_combine(gradients, pred.to(real), target.to(real), attention, columns, rows, terms, temperature, wide);
+    grad.copy_(wide);
+    return;
+  }
   const double tau = value_of(temperature);
-  AT_DISPATCH_FLOATING_TYPES(attention.scalar_type(), "row_combine", [&] {
+  AT_DISPATCH_FLOATING_TYPES(real, "row_combine", [&] {
     const auto incoming = [&](Term term) { return incoming_of<scalar_t>(gradients, terms, term); };
     const Coefficients weights{
         incoming(kMse) * 2 / pred.size(-1), incoming(kCosine), incoming(kInfonce) / tau, incoming(kMoment),
         incoming(kVariance)};
-    const AnyBatch<scalar_t> p(pred), t(target);
+    const AnyBatch p(pred), t(target);
     const auto o = const_batch<scalar_t>(attention), c = const_batch<scalar_t>(columns);
-    const int64_t dim = pred.size(-1);
-    const bool narrows = grad.scalar_type() != attention.scalar_type();
-    parallel_rows(p.groups, p.rows, dim, [&](int64_t group, int64_t begin, int64_t end) {
-      std::vector<scalar_t> scratch(p.converts || t.converts || narrows ? 3 * dim : 0);
-      const AnyGrad<scalar_t> g{
-          static_cast<char*>(grad.data_ptr()) + group * group_bytes(grad), dtype_of(grad), row_bytes(grad),
-          narrows ? scratch.data() + 2 * dim : nullptr};
+    const Matrix<char> first_grad{static_cast<char*>(grad.data_ptr()), row_bytes(grad), grad.size(-1)};
+    const Batch<char> g{first_grad, group_bytes(grad), p.groups, p.rows};
+    parallel_rows(p.groups, p.rows, pred.size(-1), [&](int64_t group, int64_t begin, int64_t end) {
       kernels<scalar_t>().row_combine(
-          p.of(group, scratch.data()), t.of(group, scratch.data() + dim),
-          o.empty() ? Matrix<const scalar_t>{} : o.of(group), c.first, scalars(rows, group * p.rows), weights, g, begin,
-          end);
+          p.of(group), t.of(group), o.empty() ? Matrix<const scalar_t>{} : o.of(group), c.first,
+          scalars(rows, group * p.rows), weights, g.of(group), begin, end);
     });
   });
 }

@@ -16,26 +16,27 @@ struct Matrix {  // [rows, cols], unit stride along cols
   T* row(int64_t i) const { return data + i * stride; }
 };
 
+// Numbers of 16 bits as they are in memory.
+struct Float16 {
+  uint16_t bits;
+};
+struct Bfloat16 {
+  uint16_t bits;
+};
+
 enum class Dtype { kFloat, kDouble, kHalf, kBfloat16 };
 
-// Rows of any floating dtype, with unit stride along cols, that are read in T.
-template <class T>
+// Rows that are computed from in T and stored in T or, where that is float32, in 16 bits; with unit stride along cols.
 struct AnyRows {
   const char* data;
   Dtype dtype;
-  int64_t stride;       // bytes
-  int64_t cols;
-  T* copy;              // where the rows are written in T as they are read; null for rows of T that are not to be copied
-  int64_t copy_stride;  // 0: all to one place
-};
-
-// The same to be written: row by row in T, then in their own dtype.
-template <class T>
-struct AnyGrad {
-  char* data;
-  Dtype dtype;
   int64_t stride;  // bytes
-  T* row;          // [cols] scratch; null for rows of T
+  int64_t cols;
+
+  template <class S>
+  Matrix<const S> of() const {
+    return {reinterpret_cast<const S*>(data), stride / int64_t{sizeof(S)}, cols};
+  }
 };
 
 // Row scalars [kRowScalars, M]: see RowScalar in primitives.h.
@@ -66,8 +67,9 @@ struct Coefficients {
 
 template <class T>
 struct RowKernels {
-  void (*row_stats)(
-      AnyRows<T> pred, AnyRows<T> target, Scalars rows, T* key_scale, int64_t begin, int64_t end);
+  void (*row_stats)(  // data of a copy may be null
+      AnyRows pred, AnyRows target, Matrix<T> pred_copy, Matrix<T> target_copy, Scalars rows, T* key_scale,
+      int64_t begin, int64_t end);
   void (*softmax_rows_)(  // rescale may be null
       Matrix<T> logits, const T* key_scale, Scalars rows, T* rescale, KeyPairs<T> pairs, int64_t own,
       double temperature, int64_t begin, int64_t end);
@@ -91,9 +93,9 @@ struct RowKernels {
   void (*col_dots)(
       Matrix<const T> pred, Matrix<const T> target, Matrix<const T> attention, Matrix<const T> columns, Scalars rows,
       int64_t begin, int64_t end);
-  void (*row_combine)(  // grad may be the attention itself
-      AnyRows<T> pred, AnyRows<T> target, Matrix<const T> attention, Matrix<const T> columns, Scalars rows,
-      Coefficients weights, AnyGrad<T> grad, int64_t begin, int64_t end);
+  void (*row_combine)(  // grad: in the dtype of pred, its stride in bytes; may be the attention itself
+      AnyRows pred, AnyRows target, Matrix<const T> attention, Matrix<const T> columns, Scalars rows,
+      Coefficients weights, Matrix<char> grad, int64_t begin, int64_t end);
 };
 
 // One set per instruction set; x86-64 has all three, other machines the baseline only.

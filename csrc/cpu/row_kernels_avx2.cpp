@@ -1,12 +1,12 @@
-// The row kernels for x86-64 with AVX2 and FMA. The headers come before the target is raised: their inline functions
-// may be merged with those of other files, which run on any machine.
+// The row kernels for x86-64 with AVX2, FMA and F16C. The headers come before the target is raised: their inline
+// functions may be merged with those of other files, which run on any machine.
 #if defined(__x86_64__)
 #include "row_kernels_includes.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
 #define AMN_KERNELS avx2_kernels

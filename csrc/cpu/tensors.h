@@ -44,6 +44,11 @@ Batch<T> batch(const Tensor& x) {
 }
 
 template <class T>
+Batch<T> batch_or_none(const Tensor& x) {
+  return x.defined() ? batch<T>(x) : Batch<T>{};
+}
+
+template <class T>
 Batch<const T> const_batch(const Tensor& x) {
   return batch_of<const T>(x, x.const_data_ptr<T>());
 }
@@ -67,33 +72,27 @@ inline Dtype dtype_of(const Tensor& x) {
 inline int64_t group_bytes(const Tensor& x) { return x.dim() == 3 ? x.stride(0) * x.itemsize() : 0; }
 inline int64_t row_bytes(const Tensor& x) { return x.stride(-2) * x.itemsize(); }
 
-// Rows of any dtype, [M, D] or [G, M, D], read in T; into `copy` of the same sizes, if that is defined.
-template <class T>
+// Rows as they are stored, [M, D] or [G, M, D].
 struct AnyBatch {
-  AnyBatch(const Tensor& x, const Tensor& copy = {})
-      : first{static_cast<const char*>(x.const_data_ptr()), dtype_of(x), row_bytes(x), x.size(-1), nullptr, 0},
-        stride(group_bytes(x)), converts(x.scalar_type() != c10::CppTypeToScalarType<T>::value),
-        groups(x.dim() == 3 ? x.size(0) : 1), rows(x.size(-2)) {
-    if (!copy.defined()) return;
-    converts = false;
-    first.copy = copy.data_ptr<T>();
-    first.copy_stride = copy.stride(-2);
-    copy_stride = copy.dim() == 3 ? copy.stride(0) : 0;
-  }
+  explicit AnyBatch(const Tensor& x)
+      : first{static_cast<const char*>(x.const_data_ptr()), dtype_of(x), row_bytes(x), x.size(-1)},
+        stride(group_bytes(x)), groups(x.dim() == 3 ? x.size(0) : 1), rows(x.size(-2)) {}
 
-  // `scratch` is for one row, where the rows are converted and not kept.
-  AnyRows<T> of(int64_t group, T* scratch) const {
-    AnyRows<T> x = first;
+  AnyRows of(int64_t group) const {
+    AnyRows x = first;
     x.data += group * stride;
-    x.copy = converts ? scratch : x.copy != nullptr ? x.copy + group * copy_stride : nullptr;
     return x;
   }
 
-  AnyRows<T> first;
-  int64_t stride, copy_stride = 0;
-  bool converts;
+  AnyRows first;
+  int64_t stride;
   int64_t groups, rows;
 };
+
+// Whether the kernels read and write x as it is stored when they compute in `real`.
+inline bool is_read_as_stored(const Tensor& x, at::ScalarType real) {
+  return x.scalar_type() == real || (real == at::kFloat && x.itemsize() == 2);
+}
 
 // A vector [M], or one per group as [G, M].
 template <class T>

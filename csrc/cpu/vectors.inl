@@ -1,4 +1,4 @@
-// Vectors of 64 bytes on every instruction set, for row_kernels.inl: the order of summation, and with it the result up
+// Vectors of 64 bytes on every instruction set, for the row kernels: the order of summation, and with it the result up
 // to fused multiply-adds, does not depend on the machine. Where registers are smaller, a vector is a pair of halves: of
 // a native vector wider than its registers gcc 12 makes code that goes through memory, measured at ten times the time.
 //
@@ -95,57 +95,6 @@ AMN_INLINE V at_most_zero(V v) {
 template <class V>
 AMN_INLINE V where_negative(V sign, V then, V v) {
   return map([](auto s, auto a, auto b) __attribute__((always_inline)) { return s < 0 ? a : b; }, sign, then, v);
-}
-
-template <class V, class T>
-AMN_INLINE V load_vector(const T* x) {
-  if constexpr (kIsPair<V>) {
-    typedef decltype(V::low) Half;
-    return {load_vector<Half>(x), load_vector<Half>(x + sizeof(Half) / sizeof(T))};
-  } else {
-    return *reinterpret_cast<const typename Native<T>::unaligned*>(x);
-  }
-}
-
-template <class T, class V>
-AMN_INLINE void store_vector(T* x, V v) {
-  if constexpr (kIsPair<V>) {
-    store_vector(x, v.low);
-    store_vector(x + sizeof(v.low) / sizeof(T), v.high);
-  } else {
-    *reinterpret_cast<typename Native<T>::unaligned*>(x) = v;
-  }
-}
-
-// Access to a whole vector, or to its first lanes at the end of a row.
-template <class T>
-struct Whole {
-  AMN_INLINE Vector<T> load(const T* x) const { return load_vector<Vector<T>>(x); }
-  AMN_INLINE Vector<T> or_else(Vector<T> v, T) const { return v; }
-  AMN_INLINE void store(T* x, Vector<T> v) const { store_vector(x, v); }
-};
-template <class T>
-struct First {
-  int64_t lanes;
-  AMN_INLINE Vector<T> load(const T* x) const {  // 0 in the lanes past the end
-    Vector<T> v{};
-    std::memcpy(&v, x, lanes * sizeof(T));
-    return v;
-  }
-  AMN_INLINE Vector<T> or_else(Vector<T> v, T fill) const {  // v, and fill past the end
-    Vector<T> filled = Vector<T>{} + fill;
-    std::memcpy(&filled, &v, lanes * sizeof(T));
-    return filled;
-  }
-  AMN_INLINE void store(T* x, Vector<T> v) const { std::memcpy(x, &v, lanes * sizeof(T)); }
-};
-
-// Calls f(i, access) for every vector of [begin, end).
-template <class T, class F>
-AMN_INLINE void for_vectors(int64_t begin, int64_t end, const F& f) {
-  int64_t i = begin;
-  for (; i + kLanes<T> <= end; i += kLanes<T>) f(i, Whole<T>{});
-  if (i < end) f(i, First<T>{end - i});
 }
 
 // Lanes of a native vector by f, the upper half onto the lower one until one lane is left.

@@ -1,4 +1,4 @@
-// The numbers of a row: twin of the functions of that name in csrc/cpu/row_kernels.inl.
+// The numbers of a row: twin of the functions of that name in csrc/cpu/scalars.inl and rows.inl.
 #pragma once
 
 #include <cmath>

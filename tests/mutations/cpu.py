@@ -8,11 +8,11 @@ _BLOCKS = ("test_seq_loss.py::test_chunk_bytes_change_nothing",)
 
 MUTATIONS = (
     Mutation(
-        "a factor lost", "cpu/row_kernels.inl", "one_minus_cos = square / 2;", "one_minus_cos = square;",
+        "a factor lost", "cpu/rows.inl", "one_minus_cos = square / 2;", "one_minus_cos = square;",
         ("test_seq_loss.py::test_error_rule_over_shapes[65-768-cosine]",),
     ),
     Mutation(
-        "the end of a row is left out", "cpu/vectors.inl", "  if (i < end) f(i, First<T>{end - i});\n", "",
+        "the end of a row is left out", "cpu/access.inl", "  if (i < end) f(i, First<T>{end - i});\n", "",
         ("test_seq_loss.py::test_error_rule_over_shapes[2-7-mse]",),
     ),
     Mutation(
@@ -20,32 +20,32 @@ MUTATIONS = (
         ("test_seq_loss_edges.py::test_gradient_of_far_keys_is_zero_not_nan",),
     ),
     Mutation(
-        "own key not left out", "cpu/row_kernels.inl",
+        "own key not left out", "cpu/softmax.inl",
         "if (own_key >= 0 && own_key < keys) s[own_key] = kLowest;", "", (_INFONCE,),
     ),
     Mutation(
-        "masked keys are kept", "cpu/row_kernels.inl", "where_negative(norm, Vector<T>{} + kLowest, x)", "x",
+        "masked keys are kept", "cpu/softmax.inl", "where_negative(norm, Vector<T>{} + kLowest, x)", "x",
         _COMBINATIONS,
     ),
     Mutation(
-        "running maximum of earlier blocks dropped", "cpu/row_kernels.inl",
+        "running maximum of earlier blocks dropped", "cpu/softmax.inl",
         "std::max(rows.at(kMax, i), largest(s, keys))", "largest(s, keys)",
         ("test_seq_loss_edges.py::test_later_blocks_far_below_the_first",), times=2,
     ),
     Mutation(
-        "running sum of earlier blocks not rescaled", "cpu/row_kernels.inl", "others * shrink + total",
+        "running sum of earlier blocks not rescaled", "cpu/softmax.inl", "others * shrink + total",
         "others + total", ("test_seq_loss.py::test_ever_larger_similarities[1]",),
     ),
     Mutation(
-        "only the last 256 keys are summed", "cpu/row_kernels.inl",
+        "only the last 256 keys are summed", "cpu/softmax.inl",
         "total += sum<T>(lanes);", "total = sum<T>(lanes);",
         ("test_seq_loss.py::test_error_rule_over_shapes[257-64-infonce]",),
     ),
     Mutation(
-        "a norm is forgotten", "cpu/row_kernels.inl", "c = infonce * inv_pred;", "c = infonce;", (_INFONCE,),
+        "a norm is forgotten", "cpu/rows.inl", "c = infonce * inv_pred;", "c = infonce;", (_INFONCE,),
     ),
     Mutation(
-        "blocks of rows merge without their means", "cpu/row_kernels.inl", "products[q][j] + product[q] * both",
+        "blocks of rows merge without their means", "cpu/columns.inl", "products[q][j] + product[q] * both",
         "products[q][j]", _COMBINATIONS,
     ),
     Mutation(
