@@ -20,6 +20,24 @@ MUTATIONS = (
         ("test_seq_loss_edges.py::test_gradient_of_far_keys_is_zero_not_nan",),
     ),
     Mutation(
+        "ties are rounded up", "cpu/convert.inl", "bits + 0x7fff + ((bits >> 16) & 1)", "bits + 0x8000",
+        ("test_seq_loss_dtypes.py::test_every_number_is_converted_as_pytorch_does[baseline]",),
+    ),
+    Mutation(
+        "a NaN is rounded as a number", "cpu/convert.inl", "(x == x ? rounded : Integers{} + 0x7fc00000)", "rounded",
+        ("test_seq_loss_dtypes.py::test_every_number_is_converted_as_pytorch_does[baseline]",),
+    ),
+    Mutation(
+        "the copy for the products is of the other row", "cpu/rows.inl", "access.store(t_copy + k, tk);",
+        "access.store(t_copy + k, pk);",
+        ("test_seq_loss_dtypes.py::test_as_the_same_numbers_in_float32_and_rounded_once",),
+    ),
+    Mutation(
+        "a masked row is not zeroed in the copy", "cpu/rows.inl",
+        "if (t_copy != nullptr) std::memset(t_copy, 0, pred.cols * sizeof(T));", "",
+        ("test_combinations.py",),
+    ),
+    Mutation(
         "own key not left out", "cpu/softmax.inl",
         "if (own_key >= 0 && own_key < keys) s[own_key] = kLowest;", "", (_INFONCE,),
     ),
