@@ -48,19 +48,17 @@ AMN_INLINE void store_floats(Float16* x, Floats v) {
   store_shorts(x, (Shorts)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
 
-#else
+#elif AMN_VECTOR_BYTES == 64
 
+// With a mask of all, as gcc 12 warns of the forms without one.
 AMN_INLINE void load_floats(Floats& v, const Bfloat16* x) {
-  v = (Floats)(__builtin_convertvector(load_shorts(x), Integers) << 16);
+  v = (Floats)((Integers)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)load_shorts(x)) << 16);
 }
 
 AMN_INLINE void store_floats(Bfloat16* x, Floats v) {
-  store_shorts(x, __builtin_convertvector(round_to_bfloat16(v), Shorts));
+  store_shorts(x, (Shorts)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)round_to_bfloat16(v)));
 }
 
-#if AMN_VECTOR_BYTES == 64
-
-// With a mask of all, as gcc 12 warns of the forms without one.
 AMN_INLINE void load_floats(Floats& v, const Float16* x) {
   v = (Floats)_mm512_maskz_cvtph_ps(0xffff, (__m256i)load_shorts(x));
 }
@@ -70,6 +68,14 @@ AMN_INLINE void store_floats(Float16* x, Floats v) {
 }
 
 #else
+
+AMN_INLINE void load_floats(Floats& v, const Bfloat16* x) {
+  v = (Floats)(__builtin_convertvector(load_shorts(x), Integers) << 16);
+}
+
+AMN_INLINE void store_floats(Bfloat16* x, Floats v) {
+  store_shorts(x, __builtin_convertvector(round_to_bfloat16(v), Shorts));
+}
 
 AMN_INLINE void load_floats(Floats& v, const Float16* x) {
   const Integers bits = __builtin_convertvector(load_shorts(x), Integers);
@@ -92,7 +98,6 @@ AMN_INLINE void store_floats(Float16* x, Floats v) {
   store_shorts(x, __builtin_convertvector(sign | rounded, Shorts));
 }
 
-#endif
 #endif
 
 }  // namespace
