@@ -74,15 +74,19 @@ void row_stats_of(
       const T d_scale = static_cast<T>(similar ? inv_pred : 0), p_scale = static_cast<T>(similar ? 0 : inv_pred);
       const T t_scale = static_cast<T>(similar ? inv_pred * excess : inv_target);
       double square = 0;
-      for_blocks(0, cols, [&](int64_t first, int64_t last) {
-        Vector<T> lanes{};
-        for_vectors<T>(first, last, [&](int64_t k, auto access) {
-          const Vector<T> pk = access.load(p + k), tk = access.load(t + k);
-          const Vector<T> ek = d_scale * (pk - tk) + p_scale * pk - t_scale * tk;
-          lanes += ek * ek;
+      const auto sum_squares = [&](const auto* from_p, const auto* from_t) __attribute__((always_inline)) {
+        for_blocks(0, cols, [&](int64_t first, int64_t last) {
+          Vector<T> lanes{};
+          for_vectors<T>(first, last, [&](int64_t k, auto access) {
+            const Vector<T> pk = access.load(from_p + k), tk = access.load(from_t + k);
+            const Vector<T> ek = d_scale * (pk - tk) + p_scale * pk - t_scale * tk;
+            lanes += ek * ek;
+          });
+          square += sum<T>(lanes);
         });
-        square += sum<T>(lanes);
-      });
+      };
+      // What has been converted is not converted again.
+      p_copy != nullptr && t_copy != nullptr ? sum_squares(p_copy, t_copy) : sum_squares(p, t);
       one_minus_cos = square / 2;
     }
     rows.at(kInvPred, i) = inv_pred;
