@@ -69,16 +69,24 @@ AMN_INLINE void store_floats(Float16* x, Floats v) {
 
 #else
 
-AMN_INLINE void load_floats(Floats& v, const Bfloat16* x) {
-  v = (Floats)(__builtin_convertvector(load_shorts(x), Integers) << 16);
+template <class S>
+AMN_INLINE Integers load_extended(const S* x) {
+#if defined(__x86_64__)
+  // One instruction, where gcc 12 makes four of __builtin_convertvector.
+  return (Integers)_mm_unpacklo_epi16(_mm_loadu_si64(x), __m128i{});
+#else
+  return __builtin_convertvector(load_shorts(x), Integers);
+#endif
 }
+
+AMN_INLINE void load_floats(Floats& v, const Bfloat16* x) { v = (Floats)(load_extended(x) << 16); }
 
 AMN_INLINE void store_floats(Bfloat16* x, Floats v) {
   store_shorts(x, __builtin_convertvector(round_to_bfloat16(v), Shorts));
 }
 
 AMN_INLINE void load_floats(Floats& v, const Float16* x) {
-  const Integers bits = __builtin_convertvector(load_shorts(x), Integers);
+  const Integers bits = load_extended(x);
   const Integers sign = (bits & 0x8000) << 16, magnitude = (bits & 0x7fff) << 13;
   // Its mantissa behind the point of 2^-14, less 2^-14: exact, and no operand is subnormal in float32.
   constexpr uint32_t kSmallestNormal = 113u << 23;
