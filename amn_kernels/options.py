@@ -109,6 +109,8 @@ class LossOptions:
     """Whether all of `terms` are among `FUSED_TERMS`."""
     lambdas: tuple[float, ...] = field(init=False)
     """λ of each of `terms`; 0 for a monitored one."""
+    over_ranks: bool = field(init=False)
+    """Whether the rows of several processes are one batch."""
 
     def __post_init__(self):
         for term in TERMS:
@@ -147,6 +149,7 @@ class LossOptions:
         object.__setattr__(self, "terms", terms)
         object.__setattr__(self, "fused", set(terms) <= set(FUSED_TERMS))
         object.__setattr__(self, "lambdas", tuple(getattr(self, term) for term in terms))
+        object.__setattr__(self, "over_ranks", self.process_group is not None or self.gather_negatives)
 
     def _take_number(self, option: str) -> float:
         """Keeps the option as a float and returns it; raises ValueError naming it if it is no finite real number."""
@@ -192,11 +195,6 @@ class LossOptions:
         for option, is_on in used.items():
             if is_on:
                 raise ValueError(f"{option} needs the infonce term, which is off (weight 0)")
-
-    @property
-    def over_ranks(self) -> bool:
-        """Whether the rows of several processes are one batch."""
-        return self.process_group is not None or self.gather_negatives
 
     @property
     def default_anchor(self) -> str:

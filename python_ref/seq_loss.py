@@ -105,7 +105,7 @@ def term_outputs(
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any of the tensors is, else float32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
 def to_groups(x: Tensor, negatives: str, row_dims: int) -> Tensor:  # [N, ...] or [B, T, ...] -> [G, M, ...]
