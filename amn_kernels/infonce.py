@@ -4,6 +4,7 @@ Blocks of keys are the outer loop and chunks of rows the inner one, because a bl
 once.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,12 @@ from amn_kernels.products import multiply, weight_dtype
 from amn_kernels.rows import CHUNK_ROWS, Chunk, Rows
 
 MIN_BLOCK_KEYS = 64
+
+
+def _even(count: int, most: int) -> int:
+    """The size of blocks of at most `most` that `count` keys make: about even, as a small last block is slow."""
+    size = math.ceil(count / math.ceil(count / most))
+    return min(most, math.ceil(size / MIN_BLOCK_KEYS) * MIN_BLOCK_KEYS)
 
 
 @dataclass
@@ -177,8 +184,10 @@ class Infonce:
 
     def _parts(self, block: Keys) -> Iterator[tuple[int, Keys]]:
         """The block in parts whose similarities with a chunk fit the budget, each with its first key's number."""
-        for first in range(0, block.keys.shape[1], self.block_keys):
-            part = slice(first, first + self.block_keys)
+        count = block.keys.shape[1]
+        width = _even(count, self.block_keys)
+        for first in range(0, count, width):
+            part = slice(first, first + width)
             yield (
                 first,
                 Keys(

@@ -80,7 +80,7 @@ def seq_loss(
         extra_negatives,
         temperature,
         *choices_of(options),
-        _chunk_bytes(pred, options),
+        _chunk_bytes(pred, target, extra_negatives, options),
     )
     return loss, TermOutputs(values, gram if gram.numel() else None, metrics)
 
@@ -108,13 +108,19 @@ def seq_loss_balanced(
         extra_negatives,
         temperature,
         *choices_of(options),
-        _chunk_bytes(pred, options),
+        _chunk_bytes(pred, target, extra_negatives, options),
     )
     return loss, TermOutputs(values, gram if gram.numel() else None, metrics), weights
 
 
-def _chunk_bytes(pred: Tensor, options: LossOptions) -> int:
-    return options.chunk_bytes or DEFAULT_CHUNK_BYTES["cuda" if pred.is_cuda else options.direction]
+def _chunk_bytes(pred: Tensor, target: Tensor, extra_negatives: Tensor | None, options: LossOptions) -> int:
+    if options.chunk_bytes is not None:
+        return options.chunk_bytes
+    if pred.is_cuda:
+        return DEFAULT_CHUNK_BYTES["cuda"]
+    keys_learn = target.requires_grad or (extra_negatives is not None and extra_negatives.requires_grad)
+    is_general = options.positives == "ids" or (keys_learn and torch.is_grad_enabled())
+    return DEFAULT_CHUNK_BYTES["general" if is_general and options.direction != "both" else options.direction]
 
 
 def choices_of(options: LossOptions) -> tuple:

@@ -31,7 +31,8 @@ class Infonce {
     const int64_t chunk_rows = together > 1 ? size_ : std::min(most, size_);
     // Keys per block, so that the similarities of a chunk stay within the budget.
     const int64_t fits = budget_ / (together * chunk_rows);
-    const int64_t block = std::clamp<int64_t>(fits, std::min(kMinBlockKeys, keys_), std::max(size_, keys_ - size_));
+    const int64_t most_keys = std::max(size_, keys_ - size_);
+    const int64_t block = even(most_keys, std::clamp<int64_t>(fits, std::min(kMinBlockKeys, keys_), most_keys));
     const bool merges = block < keys_;  // one block has nothing to merge with
     const Tensor rescale = at::empty({merges ? together * chunk_rows : 0, 1}, real_);
     const int64_t numel = together * chunk_rows * block;
@@ -179,6 +180,13 @@ class Infonce {
 
  private:
   bool has_margin() const { return options_.margin >= 0; }
+
+  // The size of blocks of at most `most` that `count` keys make: about even, as a small last block is slow.
+  static int64_t even(int64_t count, int64_t most) {
+    const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+    const int64_t size = divide_up(count, divide_up(count, most));
+    return std::min(most, divide_up(size, kMinBlockKeys) * kMinBlockKeys);
+  }
 
   Tensor view_rows(const Tensor& x, const Chunk& chunk) const { return view_rows(x, chunk, size_); }
   Tensor scalars_of(const Tensor& rows, const Chunk& chunk) const { return scalars_of(rows, chunk, size_); }
