@@ -8,6 +8,7 @@ from combinations import Tolerances, check, label, sample
 from error_rule import TERMS, assert_error_rule, make_rows, relative_error
 
 from amn_kernels import FusedSeqLoss, ops
+from amn_kernels.options import DEFAULT_CHUNK_BYTES
 from amn_kernels.reference import eager
 from amn_kernels.reference.balance import balance
 
@@ -121,7 +122,9 @@ def test_the_count_counts(library):
 def test_launches_of_a_training_step(library, rows, dtype, weighting):
     """row_stats, product, softmax, product, row_dots, sums, balance, row_combine: 8, without balance 7."""
     pred, target = make_rows(rows, 16, dtype=dtype)
-    criterion = FusedSeqLoss(mse=1.0, cosine=0.5, infonce=0.5, weighting=weighting, backend="cuda")
+    # The tensors are on the CPU; scratch memory is what a GPU has for them.
+    scratch = DEFAULT_CHUNK_BYTES["cuda"]
+    criterion = FusedSeqLoss(mse=1.0, cosine=0.5, infonce=0.5, weighting=weighting, backend="cuda", chunk_bytes=scratch)
     ours, others = _launches(library, lambda: _step(criterion, pred, target))
     products = [name for name in others if re.fullmatch(r"aten::(mm|addmm)", name)]
     assert ours == (6 if weighting == "gradient" else 5)
