@@ -11,6 +11,15 @@ ALL_TERMS = {"mse": 1.0, "cosine": 1.0, "infonce": 1.0}
 STREAMED_TERMS = {"mse": 1.0, "cosine": 1.0}
 
 
+def compiled(loss: Callable) -> Callable:
+    """The loss compiled anew for every shape: as dynamic, which it becomes from the second shape on, it is slower.
+
+    Past the number of shapes that it keeps, torch would go on without compiling; here that is an error.
+    """
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(loss, dynamic=False)
+
+
 def losses(terms: dict[str, float]) -> dict[str, Callable]:
     """The loss functions by name; each takes pred and target [N, D] and returns a scalar."""
 
@@ -22,8 +31,7 @@ def losses(terms: dict[str, float]) -> dict[str, Callable]:
         "balanced": FusedSeqLoss(**{"mse": 0.0, **terms}),
         "both": FusedSeqLoss(**{"mse": 0.0, **terms}, weighting="fixed", direction="both"),
         "eager": plain,
-        # One compiled function for every shape would be recompiled as dynamic, and slower, from the second shape on.
-        "compile": torch.compile(plain, dynamic=False),
+        "compile": compiled(plain),
     }
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from amn_kernels import FusedSeqLoss
 from amn_kernels.reference import eager
 from bench import peers
+from bench.contenders import compiled
 
 TEMPERATURE = 0.07
 OURS = "fused"
@@ -59,7 +60,7 @@ def _one_direction(rows: int) -> dict[str, Loss]:
     found = {
         OURS: fused(),
         "eager PyTorch": plain,
-        "torch.compile": torch.compile(plain, dynamic=False),
+        "torch.compile": compiled(plain),
         "sentence-transformers MNRL": peers.ranking(TEMPERATURE),
         "sentence-transformers CachedMNRL": peers.cached_ranking(TEMPERATURE),
         "cut-cross-entropy (torch_compile)": peers.cut_cross_entropy(TEMPERATURE),
@@ -75,7 +76,7 @@ def _both_directions(rows: int) -> dict[str, Loss]:
     return {
         OURS: fused(direction="both"),
         "eager PyTorch": plain_both,
-        "torch.compile": torch.compile(plain_both, dynamic=False),
+        "torch.compile": compiled(plain_both),
         "open_clip ClipLoss": peers.clip(TEMPERATURE),
         "sentence-transformers MNRL": peers.ranking(TEMPERATURE, both=True),
         "sentence-transformers CachedMNRL": peers.cached_ranking(TEMPERATURE, both=True),

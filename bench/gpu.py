@@ -22,7 +22,7 @@ from amn_kernels import FusedSeqLoss
 from amn_kernels.backends import BACKENDS
 from amn_kernels.reference import eager
 from amn_kernels.train.runs import write_atomically
-from bench.contenders import ALL_TERMS, step
+from bench.contenders import ALL_TERMS, compiled, step
 
 ROWS = (32, 128, 1024, 8192, 65536)
 DIM = 768
@@ -48,7 +48,7 @@ def contenders(terms: dict[str, float], device: str) -> tuple[dict[str, Loss], d
         found[f"{name}, balanced"] = FusedSeqLoss(**options).to(device)
     plain = functools.partial(eager.seq_loss, temperature=TEMPERATURE, **terms)
     found["eager"] = plain
-    found["torch.compile"] = torch.compile(plain, dynamic=False)
+    found["torch.compile"] = compiled(plain)
     if terms == INFONCE:
         for name, (module, make) in PEERS.items():
             if device == "cpu":

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("bench.contests", reason="the peers extra and open_clip_torch are not installed")
 
-from bench import contests, report, timing
+from bench import contenders, contests, report, timing
 
 
 def test_equality_notices_another_temperature():
@@ -19,6 +19,14 @@ def test_equality_notices_another_temperature():
     losses["colder"] = contests.peers.clip(contests.TEMPERATURE * 1.01)
     with pytest.raises(AssertionError, match="colder"):
         contests.check_equal(losses, pred, target)
+
+
+def test_a_contender_that_is_no_longer_compiled_is_an_error():
+    double = contenders.compiled(lambda x: 2 * x)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        double(torch.ones(2))
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            double(torch.ones(3))
 
 
 def test_exponent_of_a_power_law():
