@@ -14,9 +14,9 @@ FUSED_TERMS = ("mse", "cosine", "infonce", "moment", "variance")
 TERMS = (*FUSED_TERMS,)
 """All terms, in the order of every per-term tensor and table."""
 
-# Measured at D = 768 on two cores: pred_to_target takes the same time, within 2%, from 1.5 to 4 MiB; general at 4,096
-# rows 12% less at 16 MiB than at 4, and no less at 64.
-DEFAULT_CHUNK_BYTES = {"pred_to_target": 3 << 19, "general": 16 << 20, "both": 64 << 20, "cuda": 64 << 20}
+# Measured on two cores: pred_to_target takes the same time, within 2%, from 2 to 8 MiB; general at 4,096 rows 12% less
+# at 16 MiB than at 4, and no less at 64.
+DEFAULT_CHUNK_BYTES = {"pred_to_target": 2 << 20, "general": 16 << 20, "both": 64 << 20, "cuda": 64 << 20}
 """Scratch memory for similarities, on the CPU by what has to be done, or on a GPU; see `LossOptions.chunk_bytes`.
 
 general: one direction, with several positives in a row or with gradients for keys.
@@ -71,7 +71,7 @@ class LossOptions:
             in a ring so that no rank holds them all; otherwise those of the own rank. Needs ``negatives="all"``.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: the environment variable
             AMN_KERNELS_BACKEND, else the best one, in this order, that can do what is asked.
-        chunk_bytes: Scratch memory for similarities, in bytes; default 1.5 MiB, 16 MiB with ``positives="ids"`` or a
+        chunk_bytes: Scratch memory for similarities, in bytes; default 2 MiB, 16 MiB with ``positives="ids"`` or a
             gradient for keys, and 64 MiB for ``direction="both"``, which computes similarities twice if they don't fit;
             with backend "cuda" 64 MiB, with "triton" 64 and 512 MiB. Taken are at least 64 keys for a chunk of 1,024
             rows, and but for "triton" with both directions, ``positives="ids"`` or a gradient for keys at least all
