@@ -78,8 +78,8 @@ def _run_over_ranks(call: Call) -> Outcome:
 _UNFUSED = f"terms other than {', '.join(FUSED_TERMS)} are not fused"
 
 
-def _compiled_unsupported(call: Call, is_on_device: bool) -> str | None:
-    if not is_on_device:
+def _compiled_unsupported(call: Call, device: str) -> str | None:
+    if call.pred.device.type != device:
         return f"pred is on {call.pred.device}"
     if not call.options.fused:
         return _UNFUSED
@@ -91,13 +91,13 @@ def _compiled_unsupported(call: Call, is_on_device: bool) -> str | None:
 
 
 def _cpu_unsupported(call: Call) -> str | None:
-    return _compiled_unsupported(call, call.pred.is_cpu)
+    return _compiled_unsupported(call, "cpu")
 
 
 def _cuda_unsupported(call: Call) -> str | None:
     if call.options.over_ranks:
         return "a batch over ranks goes through Python: backend 'triton'"
-    return _compiled_unsupported(call, call.pred.is_cuda)
+    return _compiled_unsupported(call, "cuda")
 
 
 def _compiled_run(call: Call) -> Outcome:
