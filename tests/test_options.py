@@ -11,7 +11,8 @@ from error_rule import FLOOR_ULP, make_rows, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amn_kernels import functional
+from amn_kernels import functional, infonce, ops
+from amn_kernels.options import DEFAULT_CHUNK_BYTES, LossOptions
 
 INFONCE = {"mse": 0.0, "infonce": 1.0}
 OPTIONS = {
@@ -232,3 +233,24 @@ def test_gram_matrix_of_all_terms(distance, dtype, tolerance):
     stats = functional.seq_loss(leaf, target, **weights, direction="both", weighting="fixed", backend="cpu")[1]
     norms = wanted.diagonal().sqrt()
     assert ((stats.gram.double() - wanted).abs() / (norms.unsqueeze(1) * norms)).max() <= tolerance
+
+
+def test_scratch_follows_what_has_to_be_done():
+    x, learned = torch.ones(2, 3), torch.ones(2, 3, requires_grad=True)
+    one, both = LossOptions(infonce=1), LossOptions(infonce=1, direction="both")
+    several = LossOptions(infonce=1, positives="ids")
+    wanted = {
+        "pred_to_target": [(learned, x, None, one)],
+        "general": [(x, learned, None, one), (x, x, learned, one), (x, x, None, several)],
+        "both": [(x, learned, None, both), (x, x, None, both)],
+    }
+    for kind, calls in wanted.items():
+        assert all(ops._chunk_bytes(*call) == DEFAULT_CHUNK_BYTES[kind] for call in calls), kind
+    with torch.no_grad():
+        assert ops._chunk_bytes(x, learned, None, one) == DEFAULT_CHUNK_BYTES["pred_to_target"]
+    assert ops._chunk_bytes(x, learned, None, LossOptions(infonce=1, chunk_bytes=5)) == 5
+
+
+@pytest.mark.parametrize(("count", "most", "size"), [(1000, 524, 512), (385, 384, 256), (8192, 512, 512), (1, 64, 64)])
+def test_blocks_of_keys_are_about_even(count, most, size):
+    assert infonce._even(count, most) == size
