@@ -17,6 +17,8 @@ from bench.timing import interleaved, summary
 ROWS = [2**k for k in range(5, 14)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOST_ROWS = 32768  # the fused loss alone, once
+LONGEST = 2.0
+"""Seconds: a contender with a longer step, and one over ten times that of fused, is not run with more rows."""
 
 
 def main() -> None:
@@ -48,10 +50,11 @@ def main() -> None:
     for name in arguments.contests:
         for dtype in arguments.dtypes:
             for dim in arguments.dims:
-                for rows in arguments.rows:
-                    entry = measure(name, rows, dim, dtype, arguments.seconds)
-                    keep("times", entry, "contest", "rows", "dim", "dtype")
-                    print(report.line(entry), flush=True)
+                for rows in sorted(arguments.rows):
+                    slow = too_slow(result["times"], name, rows, dim, dtype)
+                    if entry := measure(name, rows, dim, dtype, arguments.seconds, slow):
+                        keep("times", entry, "contest", "rows", "dim", "dtype")
+                        print(report.line(entry), flush=True)
     for rows in arguments.memory_rows:
         for name in arguments.contests:
             for contender in CONTESTS[name].contenders(rows):
@@ -67,18 +70,34 @@ def main() -> None:
         report.render()
 
 
-def measure(contest: str, rows: int, dim: int, dtype: str, seconds: float) -> dict:
-    """One cell: equality first, then times by turns."""
+def too_slow(cells: list[dict], contest: str, rows: int, dim: int, dtype: str) -> set[str]:
+    """Contenders that fewer rows have shown to take too long."""
+    key = {"contest": contest, "dim": dim, "dtype": dtype}
+    smaller = (c["contenders"] for c in cells if c["rows"] < rows and all(c[k] == v for k, v in key.items()))
+    return {
+        name
+        for contenders in smaller
+        for name, r in contenders.items()
+        if r["seconds"] > max(LONGEST, 10 * contenders[OURS]["seconds"])
+    }
+
+
+def measure(contest: str, rows: int, dim: int, dtype: str, seconds: float, slow: set[str]) -> dict | None:
+    """One cell, without the slow contenders: equality first, then times by turns. None if nobody else is left."""
     torch._dynamo.reset()  # room for one more shape
     form = CONTESTS[contest]
     pred, target = make_inputs(rows, dim, DTYPES[dtype], form.target_learns)
-    losses = form.contenders(rows)
+    losses = {name: loss for name, loss in form.contenders(rows).items() if name not in slow}
+    if len(losses) == 1:
+        return None
     differences = check_equal(losses, pred, target)
     times = interleaved({name: step(loss, pred, target) for name, loss in losses.items()}, seconds)
     results = summary(times, OURS)
     for name, difference in differences.items():
         results[name]["gradient_difference"] = difference
     left_out = {name: why(rows) for name, why in form.left_out.items() if why(rows)}
+    reason = f"in {dtype} not run beyond a step of over {LONGEST:g} s that is over ten times that of fused"
+    left_out.update(dict.fromkeys(sorted(slow), reason))
     return {
         "contest": contest, "rows": rows, "dim": dim, "dtype": dtype, "load": os.getloadavg()[0],
         "contenders": results, "left_out": left_out,

@@ -304,11 +304,32 @@ def peers_section(result: dict) -> str:
             ratios = [f"{there[n]['ratio']:.2f}x" if n in there else "" for n in fused]
             rows.append([name, *ratios, _worst(of_contest, name), _growth({n: r["seconds"] for n, r in there.items()})])
         parts.append(_table(["", *(f"{n:,}" for n in fused), "worst", "growth"], rows))
-        for name, why in {n: w for c in of_contest for n, w in c["left_out"].items()}.items():
-            parts.append(f"{name}: {why}.")
+        left_out = {n: w for c in of_contest for n, w in c["left_out"].items()}
+        for why in dict.fromkeys(left_out.values()):
+            parts.append(f"{', '.join(n for n, w in left_out.items() if w == why)}: {why}.")
+    parts += _closest(cells)
     parts.append(_losses(cells))
     parts.append(_memory(result))
     return _document(part for part in parts if part)
+
+
+def _closest(cells: list[dict]) -> list[str]:
+    """The smallest ratio of every cell, in one table."""
+    sizes = sorted({c["rows"] for c in cells})
+    forms = sorted({(c["dtype"] != DTYPE, c["dtype"], c["dim"]) for c in cells})
+    rows = []
+    for contest, title in TITLES.items():
+        for _, dtype, dim in forms:
+            of_form = [c for c in cells if (c["contest"], c["dtype"], c["dim"]) == (contest, dtype, dim)]
+            ratios = {c["rows"]: min(ratio for ratio, *_ in _pairs([c])) for c in of_form}
+            if ratios:
+                shown = (f"{ratios[n]:.2f}x" if n in ratios else "" for n in sizes)
+                rows.append([f"{title}, {dtype}, D = {dim:,}", *shown])
+    return [
+        "### Every size: the closest one",
+        "The smallest of all ratios, whoever's it is; what is empty was not measured.",
+        _table(["", *(f"{n:,}" for n in sizes)], rows),
+    ]
 
 
 def _noise(cells: list[dict]) -> str:

@@ -125,9 +125,14 @@ class Infonce {
       multiply(out, own, groups_of(targets, chunk), false);
       if (keys_ > size_) multiply(out, part(logits, -1, size_, keys_ - size_), with_groups(extra_, chunk), true);
       if (key_attention.size(0) > 0 || extra_attention.size(0) > 0) {
-        const Tensor inv_pred = chunk_scalars.select(0, kInvPred).to(real_.dtype().toScalarType());
-        const Tensor units = queries * inv_pred.view(chunk.groups > 1 ? at::IntArrayRef{chunk.groups, chunk.count, 1}
-                                                                      : at::IntArrayRef{chunk.count, 1});
+        const Tensor inv_pred = chunk_scalars.select(0, kInvPred)
+                                    .to(real_.dtype().toScalarType())
+                                    .view(chunk.groups > 1 ? at::IntArrayRef{chunk.groups, chunk.count, 1}
+                                                           : at::IntArrayRef{chunk.count, 1});
+        // S^T P / |p|: divided is whichever of the two is smaller; S is not read again.
+        const bool in_place = keys_ < dim_;
+        if (in_place) logits.mul_(inv_pred);
+        const Tensor units = in_place ? queries : queries * inv_pred;
         if (key_attention.size(0) > 0) {
           multiply(view_rows(key_attention, whole(chunk)), own.mT(), units, chunk.begin > 0);
         }

@@ -171,13 +171,21 @@ std::vector<Tensor> backward(
   // The gradient of x, where y is its partner: pred and target, or target and pred.
   const auto combine = [&](const Tensor& like, const Rows& x, const Rows& y, const Tensor& rows, const Tensor& o,
                            const Tensor& c, const TermList& terms) {
-    // The gradient in place of the attention, where that is one tensor for it alone with the rows in its order.
-    const bool in_place = reuses_attention && o.size(0) > 0 && o.size(0) == attention.size(0) &&
+    // The gradient in place of its section of the attention, where that has its dtype and the rows in its order. One of
+    // several sections is handed out as a tensor of its own that keeps the memory of all; a stream that a caller
+    // records for it on a GPU would not be seen by their allocator, so not there.
+    const bool only = o.size(0) == attention.size(0);
+    const bool in_place = reuses_attention && o.size(0) > 0 && (only || o.is_cpu()) &&
                           like.scalar_type() == o.scalar_type() && (like.dim() == 2 || options.negatives != kStep);
-    const Tensor grad =
-        in_place ? o.view(like.sizes())
-                 : at::empty(like.sizes(), like.options().memory_format(at::MemoryFormat::Contiguous));
-    if (!in_place) prim.prepare(grad);
+    Tensor grad;
+    if (!in_place) {
+      grad = at::empty(like.sizes(), like.options().memory_format(at::MemoryFormat::Contiguous));
+      prim.prepare(grad);
+    } else if (only) {
+      grad = o.view(like.sizes());
+    } else {
+      grad = at::from_blob(o.data_ptr(), like.sizes(), [attention](void*) {}, o.options());
+    }
     const Chunk all{0, x.groups(), 0, x.group_size()};
     prim.row_combine(
         incoming, x.given(), y.given(), o.size(0) ? Infonce::view_rows(o, all, x.group_size()) : o, c, rows, terms,

@@ -102,23 +102,35 @@ def resident(field):
 def step(pred, target, **backward):
     loss = functional.seq_loss(pred, target, infonce=1.0, weighting="fixed", backend="cpu")[0]
     loss.backward(**backward)
-make = lambda dim: (torch.randn(256, dim, requires_grad=True), torch.randn(256, dim))
+make = lambda dim: (torch.randn(256, dim, requires_grad=True), torch.randn(256, dim, requires_grad="both" in sys.argv))
 step(*make(8))  # loads libraries, starts threads
 rows = make(32768)
 ctypes.CDLL(None).malloc_trim(0)
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 before = resident("VmRSS")
-step(*rows, retain_graph=sys.argv[1] == "kept")
+step(*rows, retain_graph="kept" in sys.argv)
 print(resident("VmHWM") - before)
 """
 
 
+@pytest.mark.parametrize("learns", ["pred", "both"])
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
-def test_memory_of_the_gradient(run_python):
-    """The gradient, 32 MiB here, is written over the attention of the forward, unless the graph is kept."""
-    given_up, kept = (run_python(PEAK, graph) for graph in ("given up", "kept"))
+def test_memory_of_the_gradient(run_python, learns):
+    """The gradients, 32 MiB each here, are written over the attention of the forward, unless the graph is kept."""
+    given_up, kept = (run_python(PEAK, learns, graph) for graph in ("given up", "kept"))
     assert given_up.returncode == kept.returncode == 0, given_up.stderr + kept.stderr
-    size = 256 * 32768 * 4
+    size = 256 * 32768 * 4 * (2 if learns == "both" else 1)
     # Scratch is 1/4 MiB; the rest is left to the allocator and to the buffers of the matrix product.
     assert int(given_up.stdout) < 1.4 * size
     assert int(kept.stdout) - int(given_up.stdout) > 0.8 * size
+
+
+def test_the_gradients_of_pred_and_target_outlive_each_other():
+    """They lie in one piece of memory, which the last of them gives back."""
+    loss, leaves = loss_of((257, 384), target_learns=True)
+    wanted = [x.clone() for x in torch.autograd.grad(loss, leaves, retain_graph=True)]
+    first, second = torch.autograd.grad(loss, leaves)
+    assert second.data_ptr() - first.data_ptr() == first.nbytes
+    del loss, first
+    torch.randn(16, 257, 384)  # would take what was freed
+    assert torch.equal(second, wanted[1])
