@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amn_kernels.infonce import Exchange, Infonce, Keys
-from amn_kernels.options import LossOptions
+from amn_kernels.options import LossOptions, scratch_bytes
 from amn_kernels.primitives import (
     COLUMNS,
     MOMENTS,
@@ -34,14 +34,27 @@ class Saved(NamedTuple):
     """
 
     rows: Tensor  # [len(Row) or PLAIN_ROWS, N + N + K] float64
-    attention: Tensor  # [N + N + K, D] o, or [0, D] without gradients of InfoNCE
+    attention: Tensor  # [N + N + K, D] o, or [0, D] without gradients of InfoNCE; that of pred for temperature too
     columns: Tensor  # [COLUMNS, D], or [0, D] without terms of columns
 
     def sections(self, rows: int, needs: frozenset[str]) -> dict[str, tuple[Tensor, Tensor]]:
         """Row scalars and attention outputs of pred, target and extra_negatives."""
         target = rows if "target" in needs else 0
-        bounds = {"pred": (0, rows), "target": (rows, rows + target), "extra_negatives": (rows + target, None)}
-        return {name: (self.rows[:, slice(*bound)], self.attention[slice(*bound)]) for name, bound in bounds.items()}
+        attending = attending_rows(rows, needs)
+
+        def cut(first: int) -> tuple[slice, slice, slice]:
+            return slice(0, first), slice(first, first + target), slice(first + target, None)
+
+        bounds = zip(cut(rows), cut(attending), strict=True)
+        return {
+            name: (self.rows[:, scalars], self.attention[attention])
+            for name, (scalars, attention) in zip(("pred", "target", "extra_negatives"), bounds, strict=True)
+        }
+
+
+def attending_rows(rows: int, needs: frozenset[str]) -> int:
+    """How many rows of pred have an o: all, or none where only keys need a gradient."""
+    return 0 if needs.isdisjoint(("pred", "temperature")) else rows
 
 
 def forward(
@@ -90,12 +103,12 @@ def forward(
         return chunks_of(groups, size, n if p.direct and t.direct else CHUNK_ROWS)
 
     plain = not (form.both or form.positives_by_id or has_columns or "target" in needs)
-    all_rows = n + (n if "target" in needs else 0)
+    keys = n if "target" in needs else 0
     if attends and "extra_negatives" in needs:
-        all_rows += len(extra_negatives)
+        keys += len(extra_negatives)
     saved = Saved(
-        torch.empty(PLAIN_ROWS, all_rows, **doubles) if plain else torch.zeros(len(Row), all_rows, **doubles),
-        torch.empty(all_rows if attends else 0, dim, **reals),
+        torch.empty(PLAIN_ROWS, n + keys, **doubles) if plain else torch.zeros(len(Row), n + keys, **doubles),
+        torch.empty(attending_rows(n, needs) + keys if attends else 0, dim, **reals),
         torch.empty(COLUMNS if has_columns else 0, dim, **reals),
     )
     sections = saved.sections(n, needs)
@@ -120,7 +133,8 @@ def forward(
         extra_rows[Row.WEIGHT].copy_(1 / total)
     if has_infonce:
         group_ids = None if ids is None else to_groups(ids, options.negatives, ids.dim()).long().contiguous()
-        budget = (options.chunk_bytes or prim.chunk_bytes[options.direction]) // real.itemsize
+        keys_learn = not needs.isdisjoint(("target", "extra_negatives"))
+        budget = scratch_bytes(options, prim.chunk_bytes, keys_learn) // real.itemsize
         budget //= 1 if options.false_negative_margin is None else 2  # the guide takes as much as the similarities
         most_keys = max(size, 0 if extra is None else extra.keys.shape[1])
         for some in chunks_of(groups, size, max(size, budget // most_keys)):
@@ -147,7 +161,7 @@ def forward(
         gamma = -1.0 if options.variance_target is None else options.variance_target
         prim.col_terms(moments, count, gamma, saved.columns, col_values)
         for chunk in chunks() if needs else ():
-            o = chunk.view(attention) if attends else attention
+            o = chunk.view(attention) if len(attention) else attention
             prim.col_dots(p.of(chunk), t.of(chunk), o, saved.columns, rows[:, chunk.numbers])
 
     m = len(terms.names)

@@ -102,7 +102,7 @@ class Infonce:
         self.block_keys = max(MIN_BLOCK_KEYS, budget // (self.groups * self.chunk_rows))
         self.kept = [] if fits and exchange.size == 1 else None
 
-    def run(self, attention: Tensor) -> None:  # [N, D], or [0, D] without gradients
+    def run(self, attention: Tensor) -> None:  # [N, D], or [0, D] where no row needs its o
         """Fill in the softmax scalars of the rows, their o, and what the keys gather."""
         gathers = any(block.attention is not None for block in (self.own, *self.further))
         if self.form.both or self.form.positives_by_id or gathers:
@@ -135,7 +135,7 @@ class Infonce:
         if self.form.both:
             self.own.sums = self.rows.new_zeros(3, *self.own.scale.shape)
             self.own.sums[0].fill_(-torch.inf)
-        sends = len(attention) > 0
+        sends = len(attention) > 0 or gathered is not None or any(block.attention is not None for block in self.further)
         for block in self.exchange.blocks(self.own, self.further):
             for chunk in self._chunks():
                 queries = self.p.of(chunk)
@@ -169,10 +169,12 @@ class Infonce:
                     self.prim.softmax_weights_(
                         logits, keys.scale, rows, cols, pairs, self.form, own, kept is None, self.tau, weights
                     )
-                    multiply(chunk.view(attention), weights, keys.keys, number > 0 or first > 0)
+                    if len(attention):
+                        multiply(chunk.view(attention), weights, keys.keys, number > 0 or first > 0)
                     if keys.attention is not None:
                         self._gather(keys.attention, weights, queries, chunk.view(self.rows[Row.INV_PRED]))
-        self._dots(attention, Attention.NORMALISED)
+        if len(attention):
+            self._dots(attention, Attention.NORMALISED)
 
     def _chunks(self) -> Iterator[Chunk]:
         """The rows of the groups, all at once or some of one group."""

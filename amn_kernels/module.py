@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from amn_kernels import backends, functional
-from amn_kernels.checks import check_inputs
+from amn_kernels.checks import check_inputs, check_state
 from amn_kernels.options import LossOptions
+from amn_kernels.reference.seq_loss import compute_dtype
 from amn_kernels.stats import LossStats
 from amn_kernels.weighting import make_weighting
 
@@ -82,6 +83,11 @@ class FusedSeqLoss(nn.Module):
     ) -> Tensor:  # []
         """The loss; see `amn_kernels.functional.seq_loss` for arguments, result and errors."""
         check_inputs(pred, target, self.options, mask, extra_negatives, ids)
+        temperature = None
+        if self.options.learnable_temperature:
+            check_state(self.log_temperature.device, pred.device)
+            # In what is computed in: the module may have been cast to 16 bits.
+            temperature = self.log_temperature.to(compute_dtype(pred, target)).exp()
         # From `_buffers`: as an attribute a buffer is found only after a failed search, which takes a microsecond.
         loss, self._last.stats = functional.evaluate(
             pred,
@@ -91,7 +97,7 @@ class FusedSeqLoss(nn.Module):
             weights=self._buffers["_weights"],
             weighting=self.weighting,
             told=self._last.told,
-            temperature=self.log_temperature.exp() if self.options.learnable_temperature else None,
+            temperature=temperature,
             mask=mask,
             extra_negatives=extra_negatives,
             ids=ids,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from amn_kernels import reference
-from amn_kernels.options import DEFAULT_CHUNK_BYTES, FUSED_TERMS, LossOptions
+from amn_kernels.options import DEFAULT_CHUNK_BYTES, FUSED_TERMS, LossOptions, scratch_bytes
+from amn_kernels.primitives import COLUMNS, PLAIN_ROWS, Row
 from amn_kernels.reference.seq_loss import compute_dtype
 from amn_kernels.stats import METRICS, TermOutputs
 
@@ -114,13 +115,9 @@ def seq_loss_balanced(
 
 
 def _chunk_bytes(pred: Tensor, target: Tensor, extra_negatives: Tensor | None, options: LossOptions) -> int:
-    if options.chunk_bytes is not None:
-        return options.chunk_bytes
-    if pred.is_cuda:
-        return DEFAULT_CHUNK_BYTES["cuda"]
     keys_learn = target.requires_grad or (extra_negatives is not None and extra_negatives.requires_grad)
-    is_general = options.positives == "ids" or (keys_learn and torch.is_grad_enabled())
-    return DEFAULT_CHUNK_BYTES["general" if is_general and options.direction != "both" else options.direction]
+    defaults = DEFAULT_CHUNK_BYTES["cuda" if pred.is_cuda else "cpu"]
+    return scratch_bytes(options, defaults, keys_learn and torch.is_grad_enabled())
 
 
 def choices_of(options: LossOptions) -> tuple:
@@ -164,9 +161,6 @@ def balance(
     return torch.ops.amn_kernels._balance.default(values, observed, mean, updates, calls, *constants_and_options)[0]
 
 
-_ROW_SCALARS, _PLAIN_ROW_SCALARS, _COLUMNS = 30, 15, 7  # kRowScalars and so on in csrc/row_scalars.h
-
-
 def forward_fake(
     pred, target, mask, ids, extra_negatives, learned_temperature, terms, monitored, temperature, both, negatives,
     positives_by_id, false_negative_margin, variance_target, chunk_bytes, needs,
@@ -175,17 +169,18 @@ def forward_fake(
     real = compute_dtype(pred, target)
     n, dim, m = math.prod(pred.shape[:-1]), pred.shape[-1], len(terms)
     attends = needs != 0 and _TERM_IDS["infonce"] in terms and _TERM_IDS["infonce"] not in monitored
+    attending = n if needs & (_NEEDS_PRED | _NEEDS_TEMPERATURE) else 0
     keys = n if needs & _NEEDS_TARGET else 0
     extra = extra_negatives.shape[0] if attends and needs & _NEEDS_EXTRA else 0
     gram = m if needs & _NEEDS_PRED else 0
-    columns = _COLUMNS if _TERM_IDS["moment"] in terms or _TERM_IDS["variance"] in terms else 0
-    scalars = _ROW_SCALARS if both or positives_by_id or columns or keys else _PLAIN_ROW_SCALARS
+    columns = COLUMNS if _TERM_IDS["moment"] in terms or _TERM_IDS["variance"] in terms else 0
+    scalars = len(Row) if both or positives_by_id or columns or keys else PLAIN_ROWS
     return (
         pred.new_empty([m], dtype=real),
         pred.new_empty([gram, gram], dtype=real),
         pred.new_empty([len(METRICS)], dtype=real),
         pred.new_empty([scalars, n + keys + extra], dtype=torch.float64),
-        pred.new_empty([n + keys + extra if attends else 0, dim], dtype=real),
+        pred.new_empty([attending + keys + extra if attends else 0, dim], dtype=real),
         pred.new_empty([columns, dim], dtype=real),
     )
 

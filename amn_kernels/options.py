@@ -16,8 +16,12 @@ TERMS = (*FUSED_TERMS,)
 
 # Measured on two cores: pred_to_target takes the same time, within 2%, from 2 to 8 MiB; general at 4,096 rows 12% less
 # at 16 MiB than at 4, and no less at 64.
-DEFAULT_CHUNK_BYTES = {"pred_to_target": 2 << 20, "general": 16 << 20, "both": 64 << 20, "cuda": 64 << 20}
-"""Scratch memory for similarities, on the CPU by what has to be done, or on a GPU; see `LossOptions.chunk_bytes`.
+DEFAULT_CHUNK_BYTES = {
+    "cpu": {"pred_to_target": 2 << 20, "general": 16 << 20, "both": 64 << 20},
+    "cuda": {"pred_to_target": 64 << 20, "general": 64 << 20, "both": 64 << 20},
+    "triton": {"pred_to_target": 64 << 20, "general": 64 << 20, "both": 512 << 20},
+}
+"""Scratch memory for similarities, by backend and by what has to be done; see `LossOptions.chunk_bytes`.
 
 general: one direction, with several positives in a row or with gradients for keys.
 """
@@ -71,11 +75,11 @@ class LossOptions:
             in a ring so that no rank holds them all; otherwise those of the own rank. Needs ``negatives="all"``.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: the environment variable
             AMN_KERNELS_BACKEND, else the best one, in this order, that can do what is asked.
-        chunk_bytes: Scratch memory for similarities, in bytes; default 2 MiB, 16 MiB with ``positives="ids"`` or a
-            gradient for keys, and 64 MiB for ``direction="both"``, which computes similarities twice if they don't fit;
-            with backend "cuda" 64 MiB, with "triton" 64 and 512 MiB. Taken are at least 64 keys for a chunk of 1,024
-            rows, and but for "triton" with both directions, ``positives="ids"`` or a gradient for keys at least all
-            keys for 64 rows. It never changes the result beyond rounding.
+        chunk_bytes: Scratch memory for similarities, in bytes. Default on the CPU: 2 MiB; 16 MiB with
+            ``positives="ids"`` or a gradient for keys; 64 MiB with ``direction="both"``, which computes similarities
+            twice if they don't fit. Backend "cuda": 64 MiB; "triton": 64 MiB, 512 MiB for both directions. A smaller
+            number is raised to what 64 keys for 1,024 rows take, and to 64 rows of all keys (not by "triton" with both
+            directions, ``positives="ids"`` or a gradient for keys). It never changes the result beyond rounding.
         check_finite: Raise on NaN or Inf in a row that counts, instead of returning a NaN loss. Synchronises.
 
     Raises:
@@ -214,3 +218,15 @@ def shown(value: Any) -> str:
     except ValueError:  # an integer of more digits than Python prints
         text = f"an {type(value).__name__} of {value.bit_length()} bits"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def scratch_bytes(options: LossOptions, defaults: dict[str, int], keys_learn: bool) -> int:
+    """`LossOptions.chunk_bytes`, or else what `defaults`, of a backend, have for the options.
+
+    keys_learn: whether target or extra_negatives get a gradient.
+    """
+    if options.chunk_bytes is not None:
+        return options.chunk_bytes
+    if options.direction == "both":
+        return defaults["both"]
+    return defaults["general" if options.positives == "ids" or keys_learn else "pred_to_target"]

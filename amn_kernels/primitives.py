@@ -26,8 +26,15 @@ COLUMN_SUMS = (Row.COL_MAX, Row.COL_OTHERS, Row.COL_POSITIVE_SUM)
 PLAIN_ROWS = Row.COL_MAX
 """How many of them there are with plain options: kPlainRowScalars."""
 
-MOMENTS, COLUMNS = 11, 7
-"""Numbers per column: enum Moment and enum Column in csrc/row_scalars.h."""
+_MOMENTS = (
+    "mean_pred mean_target mean_diff mean_unit_pred mean_unit_target pred_pred target_target diff_diff diff_pred "
+    "unit_pred unit_target"
+)
+Moment = enum.IntEnum("Moment", [name.upper() for name in _MOMENTS.split()], start=0)
+"""Means and sums of products of the columns, [len(Moment), D] float64: enum Moment in csrc/row_scalars.h."""
+
+MOMENTS, COLUMNS = len(Moment), 7
+"""Numbers per column: kMoments and kColumns in csrc/row_scalars.h."""
 
 
 class Attention(enum.IntEnum):
@@ -117,7 +124,7 @@ class CompiledPrimitives:
     """The compiled ones, as ops that csrc/primitive_ops.cpp registers."""
 
     reads_any_dtype = False
-    chunk_bytes = DEFAULT_CHUNK_BYTES
+    chunk_bytes = DEFAULT_CHUNK_BYTES["cpu"]
 
     def __init__(self):
         self._ops = torch.ops.amn_kernels

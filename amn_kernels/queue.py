@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from amn_kernels.checks import FLOAT_DTYPES, check_dense
+from amn_kernels.checks import FLOAT_DTYPES, check_device, check_float, check_rows
 from amn_kernels.options import shown
 
 
@@ -65,25 +65,12 @@ class NegativeQueue(nn.Module):
             ValueError: A shape or a device does not fit; the message names it.
         """
         size, dim = self.rows.shape
-        if not isinstance(targets, Tensor) or targets.dtype not in FLOAT_DTYPES:
-            raise TypeError(
-                f"targets must be a floating tensor, got {getattr(targets, 'dtype', type(targets).__name__)}"
-            )
-        check_dense("targets", targets)
-        if targets.device != self.rows.device:
-            raise ValueError(f"targets must be on the device of the queue, {self.rows.device}, got {targets.device}")
+        check_float("targets", targets)
+        check_device("targets", targets, self.rows.device, of="the queue")
         if targets.dim() not in (2, 3) or targets.shape[-1] != dim:
             raise ValueError(f"targets must be [N, {dim}] or [B, T, {dim}], got shape {list(targets.shape)}")
         if mask is not None:
-            if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
-                raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
-            check_dense("mask", mask)
-            if mask.device != targets.device:
-                raise ValueError(f"mask must be on the device of targets, {targets.device}, got {mask.device}")
-            if mask.shape != targets.shape[:-1]:
-                raise ValueError(
-                    f"mask must have the shape of targets' rows, {list(targets.shape[:-1])}, got {list(mask.shape)}"
-                )
+            check_rows("mask", mask, targets, (torch.bool,), of="targets")
         new = targets.flatten(0, -2) if mask is None else targets[mask]
         new = new[-size:]
         first = min(len(new), size - self._next)  # up to the end of the buffer; the rest starts over

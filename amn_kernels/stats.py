@@ -28,7 +28,7 @@ class TermOutputs(NamedTuple):
 
 
 DOMINANCE = 100.0
-"""With fixed weights, a term that pulls this many times harder than the anchor is warned of."""
+"""With fixed weights there is a warning if a term pulls this many times as hard as the anchor."""
 
 
 class DominanceWarning(UserWarning):

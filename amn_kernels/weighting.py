@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from amn_kernels import extra_state, ops, triton
+from amn_kernels.checks import check_state
 from amn_kernels.options import LossOptions
 from amn_kernels.reference.balance import MOST, balance
 
@@ -73,8 +74,8 @@ class BalancedWeighting(nn.Module):
 
         Raises ValueError if the state is not on the device of the call.
         """
-        self.check_device(device)
         buffers = self._buffers  # as attributes they cost a failed search each
+        check_state(buffers["mean"].device, device)
         return (
             buffers["mean"],
             buffers["updates"],
@@ -88,11 +89,6 @@ class BalancedWeighting(nn.Module):
             self.kind == "value",
             self.training,
         )
-
-    def check_device(self, device: torch.device) -> None:
-        """Raises ValueError if the state is elsewhere."""
-        if device != self.mean.device:
-            raise ValueError(f"the loss is on {self.mean.device}, pred on {device}: move it with .to({str(device)!r})")
 
     def _apply(self, fn, recurse=True):
         # `.half()` and the like convert floating buffers; running squares of norms would overflow or vanish there.

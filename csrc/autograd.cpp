@@ -51,6 +51,11 @@ std::tuple<Tensor, Tensor> balance(
 Options make_options(
     at::IntArrayRef terms, at::IntArrayRef monitored, double temperature, const OptionalTensor& learned_temperature,
     bool both, int64_t negatives, bool positives_by_id, double margin, double variance_target) {
+  if (learned_temperature.has_value() && learned_temperature->defined()) {
+    const at::ScalarType dtype = learned_temperature->scalar_type();
+    TORCH_CHECK(
+        dtype == at::kFloat || dtype == at::kDouble, "learned_temperature must be float32 or float64, got ", dtype);
+  }
   return {term_list(terms, monitored), {temperature, learned_temperature.value_or(Tensor())}, {both, positives_by_id},
           negatives, margin, variance_target};
 }

@@ -32,7 +32,7 @@ class Infonce {
     // Keys per block, so that the similarities of a chunk stay within the budget.
     const int64_t fits = budget_ / (together * chunk_rows);
     const int64_t most_keys = std::max(size_, keys_ - size_);
-    const int64_t block = even(most_keys, std::clamp<int64_t>(fits, std::min(kMinBlockKeys, keys_), most_keys));
+    const int64_t block = even(most_keys, std::clamp<int64_t>(fits, std::min(kMinBlockKeys, most_keys), most_keys));
     const bool merges = block < keys_;  // one block has nothing to merge with
     const Tensor rescale = at::empty({merges ? together * chunk_rows : 0, 1}, real_);
     const int64_t numel = together * chunk_rows * block;
@@ -82,6 +82,8 @@ class Infonce {
 
   // attention [N, D]; key_attention [N, D] and extra_attention [K, D] of the keys: each empty where not needed.
   void general(const Tensor& attention, const Tensor& key_attention, const Tensor& extra_attention) const {
+    const bool gathers = key_attention.size(0) > 0 || extra_attention.size(0) > 0;
+    const bool sends = attention.size(0) > 0 || gathers;
     const Tensor targets = target_.all();
     const int64_t fits = budget_ / (keys_ * (has_margin() ? 2 : 1));  // rows
     const int64_t least = std::min(kMinChunkRows, size_);
@@ -114,17 +116,23 @@ class Infonce {
     };
     const auto second_half = [&](const Chunk& chunk, const Tensor& queries, const Tensor& logits, const Pairs& pairs,
                                  bool raw) {
-      if (attention.size(0) == 0) return;
+      if (!sends) return;
       Tensor columns = options_.form.both ? part(cols, 1, chunk.group * size_, chunk.groups * size_) : cols;
       if (chunk.groups > 1) columns = columns.view({2, chunk.groups, -1});
       const Tensor chunk_scalars = scalars_of(rows_, chunk);
       prim_.softmax_weights_(
           logits, groups_of(key_scale_, chunk), chunk_scalars, columns, pairs, options_.form, chunk.begin, raw,
           options_.temperature);
-      const Tensor out = view_rows(attention, chunk), own = part(logits, -1, 0, size_);
-      multiply(out, own, groups_of(targets, chunk), false);
-      if (keys_ > size_) multiply(out, part(logits, -1, size_, keys_ - size_), with_groups(extra_, chunk), true);
-      if (key_attention.size(0) > 0 || extra_attention.size(0) > 0) {
+      const Tensor own = part(logits, -1, 0, size_);
+      if (attention.size(0) > 0) {
+        const Tensor out = view_rows(attention, chunk);
+        multiply(out, own, groups_of(targets, chunk), false);
+        if (keys_ > size_) multiply(out, part(logits, -1, size_, keys_ - size_), with_groups(extra_, chunk), true);
+        prim_.row_dots(
+            queries, target_.chunk(chunk), out, chunk_scalars, Attention::kNormalised, options_.form,
+            options_.temperature);
+      }
+      if (gathers) {
         const Tensor inv_pred = chunk_scalars.select(0, kInvPred)
                                     .to(real_.dtype().toScalarType())
                                     .view(chunk.groups > 1 ? at::IntArrayRef{chunk.groups, chunk.count, 1}
@@ -141,9 +149,6 @@ class Infonce {
           multiply(extra_attention, shared.t(), units.flatten(0, -2), chunk.group > 0 || chunk.begin > 0);
         }
       }
-      prim_.row_dots(
-          queries, target_.chunk(chunk), out, chunk_scalars, Attention::kNormalised, options_.form,
-          options_.temperature);
     };
 
     const int64_t together = std::max<int64_t>(1, rows / size_);
@@ -164,7 +169,7 @@ class Infonce {
         factors(chunk);
         second_half(chunk, queries, logits, pairs, /*raw=*/false);
       });
-      if (sees_all || attention.size(0) == 0) return;
+      if (sees_all || !sends) return;
       factors(groups);
       each([&](const Chunk& chunk) {
         Pairs pairs;
@@ -172,15 +177,6 @@ class Infonce {
         second_half(chunk, queries, logits, pairs, /*raw=*/true);
       });
     });
-  }
-
-  // Rows of a chunk in a tensor whose rows are numbered group after group.
-  static Tensor view_rows(const Tensor& x, const Chunk& chunk, int64_t group_size) {
-    const Tensor flat = part(x, 0, chunk.group * group_size + chunk.begin, chunk.groups * chunk.count);
-    return chunk.groups > 1 ? flat.view({chunk.groups, chunk.count, x.size(1)}) : flat;
-  }
-  static Tensor scalars_of(const Tensor& rows, const Chunk& chunk, int64_t group_size) {
-    return part(rows, 1, chunk.group * group_size + chunk.begin, chunk.groups * chunk.count);
   }
 
  private:
@@ -193,8 +189,8 @@ class Infonce {
     return std::min(most, divide_up(size, kMinBlockKeys) * kMinBlockKeys);
   }
 
-  Tensor view_rows(const Tensor& x, const Chunk& chunk) const { return view_rows(x, chunk, size_); }
-  Tensor scalars_of(const Tensor& rows, const Chunk& chunk) const { return scalars_of(rows, chunk, size_); }
+  Tensor view_rows(const Tensor& x, const Chunk& chunk) const { return amn::view_rows(x, chunk, size_); }
+  Tensor scalars_of(const Tensor& rows, const Chunk& chunk) const { return amn::scalars_of(rows, chunk, size_); }
 
   Chunk whole(const Chunk& chunk) const { return {chunk.group, chunk.groups, 0, size_}; }
 

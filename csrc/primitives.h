@@ -41,6 +41,10 @@ struct Primitives {
   // only row_stats and row_combine take any.
   bool any_dtype;
 
+  // Whether a part of a tensor may be handed out as a tensor that keeps the memory of the whole. A GPU's allocator would
+  // not see which streams use it.
+  bool splits_memory;
+
   // Called with a fresh tensor that is about to be written whole.
   void (*prepare)(const at::Tensor& fresh);
 
@@ -208,6 +212,21 @@ struct Primitives {
       const at::Tensor& weights,  // [m] real, out
       const at::Tensor& loss);    // [] real, out: weights.values
 };
+
+inline Dtype dtype_of(const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat:
+      return Dtype::kFloat;
+    case at::kDouble:
+      return Dtype::kDouble;
+    case at::kHalf:
+      return Dtype::kHalf;
+    case at::kBFloat16:
+      return Dtype::kBfloat16;
+    default:
+      TORCH_CHECK(false, "amn_kernels: no kernels for dtype ", x.scalar_type());
+  }
+}
 
 // Those of the device of x; an error without any.
 const Primitives& primitives_for(const at::Tensor& x);

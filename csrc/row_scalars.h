@@ -8,6 +8,9 @@ namespace amn {
 
 constexpr double kEps = 1e-8;  // a norm below this counts as zero
 
+// How numbers are stored. kAny: of no matrix, any of them.
+enum class Dtype : int32_t { kFloat, kDouble, kHalf, kBfloat16, kAny };
+
 // Per-row scalars, float64 [kRowScalars, N]: a few numbers a row, so their precision is free. Those of an option that
 // is off are neither written nor read. "Sends" is said of a row whose pred and target both count and are not zero.
 enum RowScalar : int64_t {

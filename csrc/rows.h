@@ -32,6 +32,17 @@ inline Tensor rows_of(const Tensor& x, const Chunk& chunk) {
   return part(x.dim() == 3 ? x.select(0, chunk.group) : x, 0, chunk.begin, chunk.count);
 }
 
+// Rows of a chunk in a tensor [N, D] whose rows are numbered group after group, [M, D] or [G, M, D].
+inline Tensor view_rows(const Tensor& x, const Chunk& chunk, int64_t group_size) {
+  const Tensor flat = part(x, 0, chunk.group * group_size + chunk.begin, chunk.groups * chunk.count);
+  return chunk.groups > 1 ? flat.view({chunk.groups, chunk.count, x.size(1)}) : flat;
+}
+
+// The same of row scalars [R, N].
+inline Tensor scalars_of(const Tensor& rows, const Chunk& chunk, int64_t group_size) {
+  return part(rows, 1, chunk.group * group_size + chunk.begin, chunk.groups * chunk.count);
+}
+
 // x with unit stride along D, which the primitives need.
 inline Tensor with_unit_stride(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 

@@ -26,6 +26,12 @@
 #include "infonce.h"
 
 namespace amn {
+namespace {
+
+// How many of n rows of pred have an o: all, or none where only keys need a gradient.
+int64_t attending_rows(int64_t n, int64_t needs) { return needs & (kNeedsPred | kNeedsTemperature) ? n : 0; }
+
+}  // namespace
 
 Forward forward(
     const Options& options, const Tensor& pred, const Tensor& target, const Tensor& weights, const Tensor& mask,
@@ -41,7 +47,8 @@ Forward forward(
   // Rows that a device reads as they are: masked ones, which may hold NaN, are zeroed once and not chunk by chunk.
   const auto rows_in = [&](const Tensor& x, at::ScalarType read_as) {
     if (!prim.any_dtype) return Rows(with_unit_stride(x), options.negatives, read_as, group_mask);
-    const Tensor clean = mask.defined() ? x.masked_fill(mask.logical_not().unsqueeze(-1), 0) : x;
+    const bool multiplies = mask.defined() && options.terms.has(kInfonce);
+    const Tensor clean = multiplies ? x.masked_fill(mask.logical_not().unsqueeze(-1), 0) : x;
     return Rows(with_unit_stride(clean), options.negatives, read_as);
   };
   const auto as_it_is = [&](const Tensor& x) { return prim.any_dtype ? x.scalar_type() : dtype; };
@@ -57,6 +64,7 @@ Forward forward(
   const Tensor extra = extra_negatives.defined() ? extra_negatives.to(factors).contiguous() : extra_negatives;
   const int64_t extra_keys = extra.defined() ? extra.size(0) : 0;
 
+  const int64_t pred_section = attends ? attending_rows(n, needs) : 0;
   const int64_t target_section = needs & kNeedsTarget ? n : 0;
   const int64_t extra_section = attends && (needs & kNeedsExtra) ? extra_keys : 0;
   const bool has_columns = options.terms.has(kMoment) || options.terms.has(kVariance);
@@ -95,9 +103,9 @@ Forward forward(
     if (p.groups() > 1) part(key_scale, -1, size, extra_keys).copy_(scale);
   }
 
-  const Tensor attention = at::empty({attends ? n + target_section + extra_section : 0, dim}, real);
+  const Tensor attention = at::empty({attends ? pred_section + target_section + extra_section : 0, dim}, real);
   prim.prepare(attention);
-  const Tensor o = part(attention, 0, 0, attends ? n : 0);
+  const Tensor o = part(attention, 0, 0, pred_section);
   if (has_infonce) {
     const Tensor group_ids = ids.defined() ? by_group(ids).to(at::kLong).contiguous() : ids;
     const bool same = p.dtype() == factors && t.dtype() == factors;
@@ -109,23 +117,24 @@ Forward forward(
       const auto section = [&](int64_t begin, int64_t count) {
         return attends ? attention.narrow(0, begin, count) : attention;
       };
-      infonce.general(o, section(n, target_section), section(n + target_section, extra_section));
+      infonce.general(
+          o, section(pred_section, target_section), section(pred_section + target_section, extra_section));
     }
     if (extra_section) {
       prim.row_dots(
-          extra, extra, attention.narrow(0, n + target_section, extra_section), extra_rows, Attention::kByKey,
-          options.form, options.temperature);
+          extra, extra, attention.narrow(0, pred_section + target_section, extra_section), extra_rows,
+          Attention::kByKey, options.form, options.temperature);
     }
   }
   if (target_section) {
     const Tensor mirrored = all_rows.narrow(1, n, n);
     prim.mirror_rows(rows, mirrored);
     if (attends) {
-      const Tensor q = attention.narrow(0, n, n);
+      const Tensor q = attention.narrow(0, pred_section, n);
       for_chunks(p, direct, [&](const Chunk& chunk) {
         prim.row_dots(
-            t.chunk(chunk), p.chunk(chunk), Infonce::view_rows(q, chunk, size),
-            Infonce::scalars_of(mirrored, chunk, size), Attention::kByKey, options.form, options.temperature);
+            t.chunk(chunk), p.chunk(chunk), view_rows(q, chunk, size),
+            scalars_of(mirrored, chunk, size), Attention::kByKey, options.form, options.temperature);
       });
     }
   }
@@ -135,14 +144,14 @@ Forward forward(
   if (has_columns) {
     const Tensor moments = at::zeros({kMoments, dim}, doubles), count = at::zeros({1}, doubles);
     for_chunks(p, direct, [&](const Chunk& chunk) {
-      prim.col_stats(p.chunk(chunk), t.chunk(chunk), Infonce::scalars_of(rows, chunk, size), moments, count);
+      prim.col_stats(p.chunk(chunk), t.chunk(chunk), scalars_of(rows, chunk, size), moments, count);
     });
     prim.col_terms(moments, count, options.variance_target, columns, col_values);
     if (needs) {
       for_chunks(p, direct, [&](const Chunk& chunk) {
         prim.col_dots(
-            p.chunk(chunk), t.chunk(chunk), attends ? Infonce::view_rows(o, chunk, size) : o, columns,
-            Infonce::scalars_of(rows, chunk, size));
+            p.chunk(chunk), t.chunk(chunk), pred_section ? view_rows(o, chunk, size) : o, columns,
+            scalars_of(rows, chunk, size));
       });
     }
   }
@@ -167,51 +176,58 @@ std::vector<Tensor> backward(
   const int64_t n = p.size();
   const bool attends = attention.size(0) > 0;
   std::vector<Tensor> gradients;
+  // Whether pred and target each get a half of the attention. Each half keeps the memory of both, which they give up at
+  // about the same time; of other sections a small gradient could keep a large rest.
+  const auto fits = [&](const Tensor& x) { return x.scalar_type() == attention.scalar_type(); };
+  const bool halves = prim.splits_memory && (needs & kNeedsPred) && (needs & kNeedsTarget) && fits(pred) &&
+                      fits(target) && attention.size(0) == 2 * n;
 
   // The gradient of x, where y is its partner: pred and target, or target and pred.
   const auto combine = [&](const Tensor& like, const Rows& x, const Rows& y, const Tensor& rows, const Tensor& o,
                            const Tensor& c, const TermList& terms) {
-    // The gradient in place of its section of the attention, where that has its dtype and the rows in its order. One of
-    // several sections is handed out as a tensor of its own that keeps the memory of all; a stream that a caller
-    // records for it on a GPU would not be seen by their allocator, so not there.
-    const bool only = o.size(0) == attention.size(0);
-    const bool in_place = reuses_attention && o.size(0) > 0 && (only || o.is_cpu()) &&
-                          like.scalar_type() == o.scalar_type() && (like.dim() == 2 || options.negatives != kStep);
+    // The gradient in place of the attention, where that has its dtype and the rows in its order.
+    const bool in_place = reuses_attention && o.size(0) > 0 && like.scalar_type() == o.scalar_type() &&
+                          (like.dim() == 2 || options.negatives != kStep);
     Tensor grad;
-    if (!in_place) {
+    if (in_place && o.size(0) == attention.size(0)) {
+      grad = o.view(like.sizes());
+    } else if (in_place && halves) {
+      grad = at::from_blob(o.data_ptr(), like.sizes(), [attention](void*) {}, o.options());
+    } else {
       grad = at::empty(like.sizes(), like.options().memory_format(at::MemoryFormat::Contiguous));
       prim.prepare(grad);
-    } else if (only) {
-      grad = o.view(like.sizes());
-    } else {
-      grad = at::from_blob(o.data_ptr(), like.sizes(), [attention](void*) {}, o.options());
     }
     const Chunk all{0, x.groups(), 0, x.group_size()};
     prim.row_combine(
-        incoming, x.given(), y.given(), o.size(0) ? Infonce::view_rows(o, all, x.group_size()) : o, c, rows, terms,
+        incoming, x.given(), y.given(), o.size(0) ? view_rows(o, all, x.group_size()) : o, c, rows, terms,
         options.temperature, Rows::grouped(grad, options.negatives, like.dim() - 1));
     return grad;
   };
 
-  const Tensor rows = part(all_rows, 1, 0, n), o = part(attention, 0, 0, attends ? n : 0);
+  const int64_t pred_section = attends ? attending_rows(n, needs) : 0;
+  const Tensor rows = part(all_rows, 1, 0, n), o = part(attention, 0, 0, pred_section);
   if (needs & kNeedsPred) gradients.push_back(combine(pred, p, t, rows, o, columns, options.terms));
   const int64_t target_section = needs & kNeedsTarget ? n : 0;
   if (needs & kNeedsTarget) {
     const Tensor mirrored = columns.size(0) ? at::empty_like(columns) : columns;
     if (columns.size(0)) prim.mirror_columns(columns, mirrored);
     gradients.push_back(combine(
-        target, t, p, all_rows.narrow(1, n, n), attends ? attention.narrow(0, n, n) : attention, mirrored,
+        target, t, p, all_rows.narrow(1, n, n), attends ? attention.narrow(0, pred_section, n) : attention, mirrored,
         options.terms));
   }
   if (needs & kNeedsExtra) {
     if (attends) {
       TermList infonce = options.terms;
       for (int64_t i = 0; i < infonce.size; ++i) infonce.differentiable[i] &= infonce.term[i] == kInfonce;
-      const Rows e = rows_in(extra_negatives, kAll);
-      const int64_t first = n + target_section;
-      gradients.push_back(combine(
-          extra_negatives, e, e, all_rows.narrow(1, first, e.size()), attention.narrow(0, first, e.size()),
-          at::empty({0, p.dim()}, attention.options()), infonce));
+      // Beside pred and target in less, float64 is read in what is computed in.
+      const Tensor given =
+          extra_negatives.scalar_type() == at::kDouble ? extra_negatives.to(attention.scalar_type()) : extra_negatives;
+      const Rows e = rows_in(given, kAll);
+      const Tensor grad = combine(
+          given, e, e, all_rows.narrow(1, n + target_section, e.size()),
+          attention.narrow(0, pred_section + target_section, e.size()), at::empty({0, p.dim()}, attention.options()),
+          infonce);
+      gradients.push_back(grad.to(extra_negatives.scalar_type()));
     } else {
       gradients.push_back(at::zeros_like(extra_negatives));
     }

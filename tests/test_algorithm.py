@@ -9,7 +9,7 @@ from combinations import CHOICES, inputs_of, label, options_of, sample
 from amn_kernels import algorithm, infonce, ops, triton
 from amn_kernels.algorithm import Saved
 from amn_kernels.infonce import Exchange
-from amn_kernels.options import DEFAULT_CHUNK_BYTES, TERMS, LossOptions
+from amn_kernels.options import DEFAULT_CHUNK_BYTES, TERMS, LossOptions, scratch_bytes
 from amn_kernels.primitives import CompiledPrimitives, Row
 
 pytestmark = pytest.mark.skipif(ops.why_unavailable() is not None, reason=str(ops.why_unavailable()))
@@ -39,7 +39,8 @@ def in_cpp(options, inputs, needs):
     bits = sum(1 << i for i, name in enumerate(NEEDS) if name in needs)
     choices = ops.choices_of(options)
     given = [inputs.get(name) for name in ("pred", "target", "mask", "ids", "extra_negatives", "temperature")]
-    chunk_bytes = options.chunk_bytes or DEFAULT_CHUNK_BYTES[options.direction]
+    keys_learn = not needs.isdisjoint(("target", "extra_negatives"))
+    chunk_bytes = scratch_bytes(options, DEFAULT_CHUNK_BYTES["cpu"], keys_learn)
     _, *outputs, rows, attention, columns = torch.ops.amn_kernels._seq_loss_forward(
         *given[:2], None, *given[2:], *choices, chunk_bytes, bits
     )

@@ -202,6 +202,26 @@ def test_copies_compute_the_same(make_copy, called):
     assert twin.stats.value["infonce"] != criterion.stats.value["infonce"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_learned_temperature_may_be_cast_with_the_model(dtype):
+    """It is computed from in the dtype of the loss; the gradient is in its own."""
+    pred, target = make_rows(33, 7)
+    options = {"mse": 0.0, "infonce": 1.0, "temperature": 1.0, "weighting": "fixed"}  # ln 1 is a number of any dtype
+    plain, cast = (FusedSeqLoss(**options, learnable_temperature=True) for _ in range(2))
+    for criterion in (plain, cast.to(dtype)):
+        criterion(pred, target).backward()
+    assert cast(pred, target).item() == plain(pred, target).item()
+    assert cast.log_temperature.grad.dtype is dtype
+    wanted = plain.log_temperature.grad.item()
+    assert cast.log_temperature.grad.item() == pytest.approx(wanted, rel=torch.finfo(dtype).eps + 1e-6)
+
+
+def test_a_learned_temperature_must_be_where_pred_is():
+    criterion = FusedSeqLoss(infonce=1.0, learnable_temperature=True, weighting="fixed").to("meta")
+    with pytest.raises(ValueError, match=r"the loss is on meta, pred on cpu: move it with \.to\('cpu'\)"):
+        criterion(*make_rows(5, 3))
+
+
 @pytest.mark.parametrize(
     "change", [lambda x: x.half(), lambda x: x.to(torch.bfloat16), lambda x: x.half().float(), lambda x: x.double()]
 )

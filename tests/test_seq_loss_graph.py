@@ -132,5 +132,53 @@ def test_the_gradients_of_pred_and_target_outlive_each_other():
     first, second = torch.autograd.grad(loss, leaves)
     assert second.data_ptr() - first.data_ptr() == first.nbytes
     del loss, first
-    torch.randn(16, 257, 384)  # would take what was freed
+    others = [torch.randn(2 * 257, 384) for _ in range(16)]  # would take what was freed
     assert torch.equal(second, wanted[1])
+    del others
+
+
+KEPT = """
+import ctypes, pathlib, sys, torch
+from amn_kernels import functional
+def resident():
+    return int(pathlib.Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
+rows = torch.randn(256, 32768), torch.randn(256, 32768)
+extra = torch.randn(2, 32768)
+learns = {"target": rows[1], "extra": extra}[sys.argv[1]]
+if sys.argv[1] == "extra":
+    rows[0].requires_grad_()
+learns.requires_grad_()
+def step():
+    loss = functional.seq_loss(*rows, infonce=1.0, weighting="fixed", backend="cpu", extra_negatives=extra)[0]
+    loss.backward()
+    rows[0].grad = None
+step()
+learns.grad = None
+ctypes.CDLL(None).malloc_trim(0)
+before = resident()
+step()
+ctypes.CDLL(None).malloc_trim(0)
+print(resident() - before - learns.grad.nbytes)
+"""
+
+
+@pytest.mark.parametrize("learns", ["target", "extra"])
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the memory of a process")
+def test_a_gradient_keeps_no_other_memory(run_python, learns):
+    """That of target alone, or a small one of extra negatives beside pred's, which is given up: 32 MiB each."""
+    done = run_python(KEPT, learns)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 8 << 20
+
+
+@pytest.mark.parametrize(("learns", "products"), [("pred", 2), ("target", 2), ("extra", 3), ("pred target", 3)])
+def test_products_are_those_that_a_gradient_needs(learns, products):
+    """S, and O for pred, Q for target; with extra negatives S comes in two parts. Keys alone need no O."""
+    pred, target = make_rows(40, 24)
+    tensors = {"pred": pred, "target": target, "extra": make_rows(3, 24, seed=3)[0]}
+    for name in learns.split():
+        tensors[name].requires_grad_()
+    further = {"extra_negatives": tensors["extra"]} if "extra" in learns else {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        functional.seq_loss(pred, target, infonce=1.0, weighting="fixed", backend="cpu", **further)
+    assert sum(event.name in ("aten::mm", "aten::addmm") for event in profile.events()) == products

@@ -9,7 +9,7 @@ from torch import Tensor
 from amn_kernels import algorithm, ops
 from amn_kernels.algorithm import Saved
 from amn_kernels.infonce import Exchange
-from amn_kernels.options import LossOptions
+from amn_kernels.options import LossOptions, scratch_bytes
 from amn_kernels.stats import TermOutputs
 from amn_kernels.triton import primitives
 from amn_kernels.triton.primitives import TritonPrimitives
@@ -130,7 +130,8 @@ def term_outputs(
     if torch.is_grad_enabled():
         needs = sum(1 << i for i, x in enumerate(inputs) if x is not None and x.requires_grad)
     choices = ops.choices_of(options)
-    chunk_bytes = options.chunk_bytes or TritonPrimitives.chunk_bytes[options.direction]
+    keys_learn = not _names_of(needs).isdisjoint(("target", "extra_negatives"))
+    chunk_bytes = scratch_bytes(options, TritonPrimitives.chunk_bytes, keys_learn)
     if needs:
         values, gram, metrics = _SeqLoss.apply(*inputs, mask, ids, choices, chunk_bytes, needs)
     else:

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from amn_kernels.primitives import Moment
 from amn_kernels.triton.scalars import (
     ATT_MOMENT,
     ATT_VARIANCE,
@@ -24,6 +25,15 @@ from amn_kernels.triton.scalars import (
     row_sum,
 )
 
+MOMENTS = tl.constexpr(len(Moment))
+MEAN_PRED, MEAN_TARGET = tl.constexpr(int(Moment.MEAN_PRED)), tl.constexpr(int(Moment.MEAN_TARGET))
+MEAN_DIFF = tl.constexpr(int(Moment.MEAN_DIFF))
+MEAN_UNIT_PRED = tl.constexpr(int(Moment.MEAN_UNIT_PRED))
+MEAN_UNIT_TARGET = tl.constexpr(int(Moment.MEAN_UNIT_TARGET))
+PRED_PRED_S, TARGET_TARGET_S = tl.constexpr(int(Moment.PRED_PRED)), tl.constexpr(int(Moment.TARGET_TARGET))
+DIFF_DIFF_S, DIFF_PRED_S = tl.constexpr(int(Moment.DIFF_DIFF)), tl.constexpr(int(Moment.DIFF_PRED))
+UNIT_PRED_S, UNIT_TARGET_S = tl.constexpr(int(Moment.UNIT_PRED)), tl.constexpr(int(Moment.UNIT_TARGET))
+
 # enum Column in csrc/row_scalars.h.
 MOMENT_A, MOMENT_C, MOMENT_PRED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 MOMENT_C_TARGET, MOMENT_TARGET = tl.constexpr(3), tl.constexpr(4)
@@ -32,7 +42,7 @@ VARIANCE_V, VARIANCE_UNIT = tl.constexpr(5), tl.constexpr(6)
 
 @triton.jit
 def column(columns, which: tl.constexpr, k, dim):
-    """Column numbers `which` of [7, D], [BLOCK_D]."""
+    """Numbers `which` of moments or columns [numbers, D], [BLOCK_D]."""
     return tl.load(columns + which * dim + k, mask=k < dim, other=0.0)
 
 
@@ -128,19 +138,19 @@ def col_stats_kernel(
         s_u += down(u, u) + delta_u * delta_u * both
         s_v += down(v, v) + delta_v * delta_v * both
         n += here
-    out = moments + split * 11 * dim + k
+    out = moments + split * MOMENTS * dim + k
     inside = k < dim
-    tl.store(out, mean_p, mask=inside)
-    tl.store(out + dim, mean_t, mask=inside)
-    tl.store(out + 2 * dim, mean_d, mask=inside)
-    tl.store(out + 3 * dim, mean_u, mask=inside)
-    tl.store(out + 4 * dim, mean_v, mask=inside)
-    tl.store(out + 5 * dim, s_p, mask=inside)
-    tl.store(out + 6 * dim, s_t, mask=inside)
-    tl.store(out + 7 * dim, s_d, mask=inside)
-    tl.store(out + 8 * dim, s_dp, mask=inside)
-    tl.store(out + 9 * dim, s_u, mask=inside)
-    tl.store(out + 10 * dim, s_v, mask=inside)
+    tl.store(out + MEAN_PRED * dim, mean_p, mask=inside)
+    tl.store(out + MEAN_TARGET * dim, mean_t, mask=inside)
+    tl.store(out + MEAN_DIFF * dim, mean_d, mask=inside)
+    tl.store(out + MEAN_UNIT_PRED * dim, mean_u, mask=inside)
+    tl.store(out + MEAN_UNIT_TARGET * dim, mean_v, mask=inside)
+    tl.store(out + PRED_PRED_S * dim, s_p, mask=inside)
+    tl.store(out + TARGET_TARGET_S * dim, s_t, mask=inside)
+    tl.store(out + DIFF_DIFF_S * dim, s_d, mask=inside)
+    tl.store(out + DIFF_PRED_S * dim, s_dp, mask=inside)
+    tl.store(out + UNIT_PRED_S * dim, s_u, mask=inside)
+    tl.store(out + UNIT_TARGET_S * dim, s_v, mask=inside)
     if block == 0:
         tl.store(counted + split, n)
 
@@ -154,23 +164,25 @@ def merge_moments_kernel(
     part_count, dim, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: one mean or sum of products of BLOCK columns, over the parts in order."""
-    which = tl.program_id(0) % 11
-    k = (tl.program_id(0) // 11) * BLOCK + tl.arange(0, BLOCK)
+    which = tl.program_id(0) % MOMENTS
+    k = (tl.program_id(0) // MOMENTS) * BLOCK + tl.arange(0, BLOCK)
     inside = k < dim
     # The means that a sum of products is of: pp, tt, dd, dp, uu, vv after p, t, d, u, v.
-    left = tl.where(which < 5, which, tl.where(which < 8, which - 5, tl.where(which == 8, 2, which - 6)))
-    right = tl.where(which == 8, 0, left)
+    is_mean = which < PRED_PRED_S
+    of_pair = tl.where(which < DIFF_PRED_S, which - PRED_PRED_S, which - UNIT_PRED_S + MEAN_UNIT_PRED)
+    left = tl.where(is_mean, which, tl.where(which == DIFF_PRED_S, MEAN_DIFF, of_pair))
+    right = tl.where(which == DIFF_PRED_S, MEAN_PRED, left)
     n = tl.full([], 0.0, tl.float64)
     running = tl.zeros([BLOCK], tl.float64)
     mean_left, mean_right = running, running
     for number in range(part_count):
-        part = parts + (tl.cast(number, tl.int64) * 11 * dim + k)
+        part = parts + (tl.cast(number, tl.int64) * MOMENTS * dim + k)
         here = tl.load(counted + number)
         share = here / tl.maximum(n + here, 1.0)
         mean_left, delta_left = merged(mean_left, tl.load(part + left * dim, mask=inside, other=0.0), share)
         mean_right, delta_right = merged(mean_right, tl.load(part + right * dim, mask=inside, other=0.0), share)
         more = tl.load(part + which * dim, mask=inside, other=0.0)
-        running = tl.where(which < 5, mean_left, running + more + delta_left * delta_right * (n * share))
+        running = tl.where(is_mean, mean_left, running + more + delta_left * delta_right * (n * share))
         n += here
     tl.store(moments + which * dim + k, running, mask=inside)
     if tl.program_id(0) == 0:
@@ -204,30 +216,35 @@ def col_terms_kernel(
     for start in range(0, dim, BLOCK):
         k = start + tl.arange(0, BLOCK)
         inside = k < dim
-        sd_pred, sd_target = deviation(moments, 5, k, dim, n), deviation(moments, 6, k, dim, n)
+        sd_pred, sd_target = deviation(moments, PRED_PRED_S, k, dim, n), deviation(moments, TARGET_TARGET_S, k, dim, n)
         # sd_p² - sd_t² = S(d, p + t)/(n - 1) = (2 S(d, p) - S(d, d))/(n - 1): nothing cancels for p near t.
         spread = sd_pred - sd_target
         near = tl.abs(spread) < 0.5 * sd_target
-        cross = 2 * tl.load(moments + 8 * dim + k, mask=inside, other=0.0)
-        cross -= tl.load(moments + 7 * dim + k, mask=inside, other=0.0)
+        cross = 2 * column(moments, DIFF_PRED_S, k, dim)
+        cross -= column(moments, DIFF_DIFF_S, k, dim)
         spread = tl.where(near, cross / tl.where(near, (n - 1) * (sd_pred + sd_target), 1.0), spread)
-        shift = tl.load(moments + 2 * dim + k, mask=inside, other=0.0)
+        shift = column(moments, MEAN_DIFF, k, dim)
         moment += tl.sum(shift * shift + spread * spread)
         of_shift = tl.where(n > 0, 2.0 / (tl.maximum(n, 1.0) * dim), 0.0) * shift
         of_spread = 2.0 / tl.cast(dim, tl.float64) * spread
         out = columns + k
         tl.store(out + MOMENT_A * dim, of_shift.to(tl.float32), mask=inside)
         tl.store(out + MOMENT_C * dim, slope(of_spread, n, sd_pred).to(tl.float32), mask=inside)
-        tl.store(out + MOMENT_PRED * dim, tl.load(moments + k, mask=inside).to(tl.float32), mask=inside)
+        tl.store(out + MOMENT_PRED * dim, column(moments, MEAN_PRED, k, dim).to(tl.float32), mask=inside)
         tl.store(out + MOMENT_C_TARGET * dim, slope(of_spread, n, sd_target).to(tl.float32), mask=inside)
-        tl.store(out + MOMENT_TARGET * dim, tl.load(moments + dim + k, mask=inside).to(tl.float32), mask=inside)
-        sd_unit, sd_unit_target = deviation(moments, 9, k, dim, n), deviation(moments, 10, k, dim, n)
+        tl.store(out + MOMENT_TARGET * dim, column(moments, MEAN_TARGET, k, dim).to(tl.float32), mask=inside)
+        sd_unit = deviation(moments, UNIT_PRED_S, k, dim, n)
+        sd_unit_target = deviation(moments, UNIT_TARGET_S, k, dim, n)
         missing = tl.where(gamma < 0, sd_unit_target, gamma) - sd_unit
         hinge = inside & ((missing > 0) | (missing != missing))  # a NaN is not hidden
         variance += tl.sum(tl.where(hinge, missing, 0.0))
         pull = slope(tl.where(missing > 0, -1.0 / tl.cast(dim, tl.float64), 0.0), n, sd_unit)
         tl.store(out + VARIANCE_V * dim, pull.to(tl.float32), mask=inside)
-        tl.store(out + VARIANCE_UNIT * dim, tl.load(moments + 3 * dim + k, mask=inside).to(tl.float32), mask=inside)
+        tl.store(
+            out + VARIANCE_UNIT * dim,
+            column(moments, MEAN_UNIT_PRED, k, dim).to(tl.float32),
+            mask=inside,
+        )
     tl.store(values, moment / dim)
     tl.store(values + 1, variance / dim)
 

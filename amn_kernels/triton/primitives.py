@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from amn_kernels.options import FUSED_TERMS
+from amn_kernels.options import DEFAULT_CHUNK_BYTES, FUSED_TERMS
 from amn_kernels.primitives import MOMENTS, Attention, Form, Pairs, Temperature, TermList
 from amn_kernels.triton.balance import balance_kernel
 from amn_kernels.triton.columns import (
@@ -58,7 +58,7 @@ class TritonPrimitives:
 
     reads_any_dtype = True
     # Similarities of 1,024 rows with 16,384 keys. Both directions are worth more: what fits is not computed twice.
-    chunk_bytes = {"pred_to_target": 64 << 20, "both": 512 << 20}  # noqa: RUF012
+    chunk_bytes = DEFAULT_CHUNK_BYTES["triton"]
 
     def row_stats(self, pred, target, rows, key_scale, form: Form) -> None:  # noqa: D102
         groups, size = _groups(pred)

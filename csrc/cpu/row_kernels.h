@@ -24,8 +24,6 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
-enum class Dtype { kFloat, kDouble, kHalf, kBfloat16 };
-
 // Rows that are computed from in T and stored in T or, where that is float32, in 16 bits; with unit stride along cols.
 struct AnyRows {
   const char* data;
@@ -39,7 +37,7 @@ struct AnyRows {
   }
 };
 
-// Row scalars [kRowScalars, M]: see RowScalar in primitives.h.
+// Row scalars [kRowScalars, M]: see RowScalar in row_scalars.h.
 struct Scalars {
   double* data;
   int64_t stride;

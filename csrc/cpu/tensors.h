@@ -53,21 +53,6 @@ Batch<const T> const_batch(const Tensor& x) {
   return batch_of<const T>(x, x.const_data_ptr<T>());
 }
 
-inline Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return Dtype::kFloat;
-    case at::kDouble:
-      return Dtype::kDouble;
-    case at::kHalf:
-      return Dtype::kHalf;
-    case at::kBFloat16:
-      return Dtype::kBfloat16;
-    default:
-      TORCH_CHECK(false, "amn_kernels: no CPU kernels for dtype ", x.scalar_type());
-  }
-}
-
 // Bytes from group to group and from row to row of [M, D] or [G, M, D].
 inline int64_t group_bytes(const Tensor& x) { return x.dim() == 3 ? x.stride(0) * x.itemsize() : 0; }
 inline int64_t row_bytes(const Tensor& x) { return x.stride(-2) * x.itemsize(); }

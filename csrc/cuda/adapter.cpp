@@ -28,21 +28,6 @@ void on_device_of(const Tensor& x, const F& launch) {
 #endif
 }
 
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return Dtype::kFloat;
-    case at::kDouble:
-      return Dtype::kDouble;
-    case at::kHalf:
-      return Dtype::kHalf;
-    case at::kBFloat16:
-      return Dtype::kBfloat16;
-    default:
-      TORCH_CHECK(false, "amn_kernels: no CUDA kernels for dtype ", x.scalar_type());
-  }
-}
-
 // [M, D], [G, M, D], or a vector [M] as one row; without elements there is none.
 Matrix matrix(const Tensor& x) {
   if (!x.defined() || x.numel() == 0) return {nullptr, Dtype::kAny, 1, 0, 0, 0, 0};
@@ -246,8 +231,8 @@ void balance_of(
 }  // namespace
 
 const Primitives primitives = {
-    true,         prepare_memory, row_stats_of, softmax_rows_of, softmax_stats_of,    softmax_cols_of,
-    col_factors_of, softmax_weights_of, row_dots_of, col_stats_of, col_terms_of, col_dots_of,
-    term_sums_of, row_combine_of, temperature_grad_of, mirror_rows_of,  mirror_columns_of,   balance_of};
+    /*any_dtype=*/true, /*splits_memory=*/false, prepare_memory, row_stats_of, softmax_rows_of, softmax_stats_of,
+    softmax_cols_of, col_factors_of, softmax_weights_of, row_dots_of, col_stats_of, col_terms_of, col_dots_of,
+    term_sums_of, row_combine_of, temperature_grad_of, mirror_rows_of, mirror_columns_of, balance_of};
 
 }  // namespace amn::cuda

@@ -10,8 +10,6 @@
 
 namespace amn::cuda {
 
-enum class Dtype : int32_t { kFloat, kDouble, kHalf, kBfloat16, kAny };  // kAny: of no matrix, any of them
-
 // A matrix [rows, cols], or `groups` of them as [G, rows, cols]; vectors are rows. Unit stride along cols; strides in
 // elements.
 struct Matrix {

@@ -129,7 +129,7 @@ class SimtPrimitives:
     """Every call runs the kernels of the launcher of that name."""
 
     reads_any_dtype = True
-    chunk_bytes = DEFAULT_CHUNK_BYTES
+    chunk_bytes = DEFAULT_CHUNK_BYTES["cuda"]
 
     def __init__(self, library: Library):
         self._library = library

@@ -48,6 +48,31 @@ def test_float16_weights_stay_in_range(length):
     assert_error_rule(draw, backend="cuda", incoming=64.0 * min(length, 1.0), **TERMS["infonce"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("of_extra", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_extra_negatives_have_a_dtype_of_their_own(dtype, of_extra):
+    pred, target = make_rows(9, 24, dtype=dtype)
+    extra = make_rows(5, 24, dtype=of_extra, seed=3)[0].requires_grad_()
+
+    def gradient(backend, pred, target, negatives):
+        criterion = FusedSeqLoss(mse=0.0, infonce=1.0, weighting="fixed", backend=backend)
+        return torch.autograd.grad(criterion(pred, target, extra_negatives=negatives), extra)[0]
+
+    found = gradient("cuda", pred, target, extra)
+    assert found.dtype is of_extra
+    wanted = gradient("reference", pred.double(), target.double(), extra.double())
+    assert relative_error(found, wanted) <= 1e-5 + torch.finfo(found.dtype).eps
+
+
+def test_a_learned_temperature_of_16_bits_is_refused():
+    """The kernels read float32 or float64; the module gives them no other."""
+    pred, target = make_rows(9, 24)
+    choices = ops.choices_of(FusedSeqLoss(infonce=1.0).options)
+    inputs = (pred, target, torch.ones(2), None, None, None, torch.tensor(0.07, dtype=torch.float16))
+    with pytest.raises(RuntimeError, match="learned_temperature must be float32 or float64, got Half"):
+        torch.ops.amn_kernels.seq_loss_fixed(*inputs, *choices, 1 << 20)
+
+
 def test_balanced_weights_come_with_the_step():
     """Weights and state as the plain definition has them; the loss is the weighted sum, its gradient that of it."""
     criterion = FusedSeqLoss(mse=1.0, cosine=0.5, infonce=0.5, backend="cuda")
@@ -123,7 +148,7 @@ def test_launches_of_a_training_step(library, rows, dtype, weighting):
     """row_stats, product, softmax, product, row_dots, sums, balance, row_combine: 8, without balance 7."""
     pred, target = make_rows(rows, 16, dtype=dtype)
     # The tensors are on the CPU; scratch memory is what a GPU has for them.
-    scratch = DEFAULT_CHUNK_BYTES["cuda"]
+    scratch = DEFAULT_CHUNK_BYTES["cuda"]["pred_to_target"]
     criterion = FusedSeqLoss(mse=1.0, cosine=0.5, infonce=0.5, weighting=weighting, backend="cuda", chunk_bytes=scratch)
     ours, others = _launches(library, lambda: _step(criterion, pred, target))
     products = [name for name in others if re.fullmatch(r"aten::(mm|addmm)", name)]
