@@ -36,10 +36,10 @@ def losses(terms: dict[str, float]) -> dict[str, Callable]:
 
 
 def step(loss: Callable, pred: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
-    """Forward and backward, as a training step does them: the gradient starts from None."""
+    """Forward and backward, as a training step does them: gradients start from None."""
 
     def run():
-        pred.grad = None
+        pred.grad = target.grad = None
         loss(pred, target).backward()
 
     return run

@@ -24,7 +24,6 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class Contest:
     """One form of InfoNCE and who computes it."""
 
-    title: str
     target_learns: bool  # whether target needs a gradient as well
     contenders: Callable[[int], dict[str, Loss]]  # by name, for a number of rows
     left_out: dict[str, Callable[[int], str | None]]  # why a contender is not there for a number of rows
@@ -92,13 +91,12 @@ def _ntxent_grows(rows: int) -> str | None:
 
 
 CONTESTS = {
-    "pred_to_target": Contest(
-        "pred to target", False, _one_direction, {"pytorch-metric-learning NTXent": _ntxent_grows}
-    ),
-    "both": Contest("both directions", False, _both_directions, {}),
-    "clip": Contest("both directions, gradients for both sides", True, _both_directions, {}),
-    "simclr": Contest("SimCLR's 2N views, gradients for both sides", True, _views, {}),
+    "pred_to_target": Contest(False, _one_direction, {"pytorch-metric-learning NTXent": _ntxent_grows}),
+    "both": Contest(False, _both_directions, {}),
+    "clip": Contest(True, _both_directions, {}),
+    "simclr": Contest(True, _views, {}),
 }
+"""By the names that `report.TITLES` has titles for."""
 
 
 def make_inputs(rows: int, dim: int, dtype: torch.dtype, target_learns: bool) -> tuple[Tensor, Tensor]:
@@ -107,16 +105,6 @@ def make_inputs(rows: int, dim: int, dtype: torch.dtype, target_learns: bool) ->
     target = torch.randn(rows, dim, generator=generator)
     pred = target + 4 * torch.randn(rows, dim, generator=generator)
     return pred.to(dtype).requires_grad_(), target.to(dtype).requires_grad_(target_learns)
-
-
-def step(loss: Loss, pred: Tensor, target: Tensor) -> Callable[[], None]:
-    """Forward and backward, as a training step does them: gradients start from None."""
-
-    def run():
-        pred.grad = target.grad = None
-        loss(pred, target).backward()
-
-    return run
 
 
 # Largest relative differences from the fused loss: of the value, and of the gradient as one vector. The 16-bit

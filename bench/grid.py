@@ -11,14 +11,15 @@ import torch
 
 from amn_kernels.train.runs import write_atomically
 from bench import command, memory, report
-from bench.contests import CONTESTS, OURS, check_equal, make_inputs, step
+from bench.contenders import step
+from bench.contests import CONTESTS, OURS, check_equal, make_inputs
 from bench.timing import interleaved, summary
 
 ROWS = [2**k for k in range(5, 14)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOST_ROWS = 32768  # the fused loss alone, once
 LONGEST = 2.0
-"""Seconds: a contender with a longer step, and one over ten times that of fused, is not run with more rows."""
+"""Seconds: a contender whose step is longer than this, and than ten times that of fused, is not run with more rows."""
 
 
 def main() -> None:

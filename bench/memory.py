@@ -46,7 +46,8 @@ def _all_terms(name: str, rows: int) -> tuple[int, float]:
 
 
 def _contest(contest: str, name: str, rows: int) -> tuple[int, float]:
-    from bench.contests import CONTESTS, make_inputs, step
+    from bench.contenders import step
+    from bench.contests import CONTESTS, make_inputs
 
     form = CONTESTS[contest]
     loss = form.contenders(rows)[name]

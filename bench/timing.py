@@ -27,11 +27,14 @@ def clock_name() -> str:
     return "wall time" if _clock is time.perf_counter else "processor time"
 
 
-def interleaved(runs: dict[str, Callable[[], None]], seconds: float, least: int = 3) -> dict[str, list[float]]:
+def interleaved(
+    runs: dict[str, Callable[[], None]], seconds: float, least: int = 3, settle: int = 0
+) -> dict[str, list[float]]:
     """Seconds per call, by name, of every turn: rounds of one turn each for about `seconds`, at least `least` rounds.
 
     The order rotates, so that each contender comes after each other one. One that takes more than ten times the first
-    one's time is in the first `least` rounds only, or there would be few rounds for all.
+    one's time is in the first `least` rounds only, or there would be few rounds for all. The first `settle` calls of a
+    turn are not counted: caches and threads are then as the last one of the same kind left them.
     """
     once = {}
     for name, run in runs.items():
@@ -44,6 +47,8 @@ def interleaved(runs: dict[str, Callable[[], None]], seconds: float, least: int 
         order.append(order.pop(0))
         for name in order:
             if len(times[name]) < least or once[name] <= 10 * once[first]:
+                for _ in range(settle):
+                    runs[name]()
                 times[name].append(_turn(runs[name], max(1, round(TURN / once[name]))))
     return times
 

@@ -53,6 +53,9 @@ def test_turns(monkeypatch):
     rounds = len(times["base"])
     assert len(times["other"]) == rounds > len(times["slow"]) == 2
     assert calls.count("base") == 2 + 5 * rounds  # 2 to warm up and to see how long a call takes; turns of 5 ms
+    calls.clear()
+    rounds = len(timing.interleaved(runs, seconds=0.5, least=2, settle=3)["base"])
+    assert calls.count("base") == 2 + 8 * rounds
     result = timing.summary(times, "base")
     assert {name: round(r["ratio"]) for name, r in result.items()} == {"base": 1, "other": 2, "slow": 100}
     assert result["other"]["seconds"] == pytest.approx(0.002)
@@ -72,7 +75,7 @@ def test_parts_of_the_profile_add_up():
     )
     seconds = {name: (i + 1) * 1e-6 for i, name in enumerate(names)}
     machine = {"torch": "2", "threads": 1, "cores": 1, "isa": "avx2", "clock": "wall time"}
-    sizes = [{"rows": 32, "seconds": {**seconds, "step": 36e-6}}]
+    sizes = [{"rows": 32, "seconds": {**seconds, "step": 36e-6}, "after other work": 50e-6}]
     table = report.profile_section({"machine": machine, "load": 0.0, "sizes": sizes})
     assert "| **arithmetic** | **21 (58%)** |" in table
     assert "| **overhead** | **15 (42%)** |" in table
@@ -127,15 +130,35 @@ def test_what_was_not_measured_is_left_out_of_the_page(copies, monkeypatch):
 @pytest.mark.parametrize(
     ("slow", "says"),
     [
-        (1.04, "fused was faster in all 3 comparisons. The worst ratio is 1.04x, against slow at 64 rows, D = 768"),
+        (1.2, "fused was faster in all 3 comparisons. The worst ratio is 1.20x, against slow at 64 rows, D = 768"),
+        (
+            1.04,
+            "fused was faster in all 3 comparisons, in 1 of them by less than the noise (the lower quartile of the "
+            "ratio is not above 1). The worst ratio is 1.04x, against slow at 64 rows, D = 768",
+        ),
         (0.97, "fused was faster in 2 of 3 comparisons. The worst ratio is 0.97x, against slow at 64 rows, D = 768"),
     ],
 )
 def test_the_verdict_names_the_worst_ratio(slow, says):
     def cell(rows, **ratios):
-        contenders = {name: {"ratio": ratio} for name, ratio in {"fused": 1.0, **ratios}.items()}
+        contenders = {
+            name: {"ratio": ratio, "quartiles": [ratio - 0.1, ratio + 0.1]}
+            for name, ratio in {"fused": 1.0, **ratios}.items()
+        }
         return {"contest": "both", "rows": rows, "dim": 768, "dtype": "float32", "contenders": contenders}
 
     summary = report.peers_summary({"times": [cell(32, slow=1.5), cell(64, slow=slow, other=2.0)]}).replace("\n", " ")
     assert "against 2 other implementations" in summary
     assert says in summary
+
+
+def test_the_closest_contender_of_every_cell_is_shown():
+    def cell(rows, dtype, **ratios):
+        contenders = {name: {"ratio": ratio} for name, ratio in {"fused": 1.0, **ratios}.items()}
+        return {"contest": "both", "rows": rows, "dim": 768, "dtype": dtype, "contenders": contenders}
+
+    cells = [cell(32, "bfloat16", a=3.0), cell(32, "float32", a=1.5, b=1.25), cell(64, "float32", a=0.97, b=2.0)]
+    table = report._closest(cells)[-1]
+    assert "|  | 32 | 64 |" in table
+    assert "| both directions, float32, D = 768 | 1.25x | 0.97x |" in table
+    assert "| both directions, bfloat16, D = 768 | 3.00x |  |" in table

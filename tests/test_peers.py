@@ -90,3 +90,16 @@ def test_the_cases_do_what_they_say():
     for name, (peer, options, tensors) in cases().items():
         if options or tensors:
             assert abs(peer(pred, target) - plain) > 1e-3, name
+
+
+def test_who_falls_far_behind_is_not_run_with_more_rows():
+    from bench.grid import LONGEST, OURS, too_slow
+
+    def cell(rows, **seconds):
+        contenders = {name: {"seconds": s} for name, s in {OURS: LONGEST / 5, **seconds}.items()}
+        return {"contest": "both", "rows": rows, "dim": 8, "dtype": "bfloat16", "contenders": contenders}
+
+    cells = [cell(32, late=LONGEST / 2, long=1.5 * LONGEST, near=0.1), cell(64, late=3 * LONGEST, near=0.1)]
+    assert too_slow(cells, "both", 64, 8, "bfloat16") == set()  # 1.5 LONGEST is long, but 7.5 times fused
+    assert too_slow(cells, "both", 128, 8, "bfloat16") == {"late"}
+    assert too_slow(cells, "both", 128, 9, "bfloat16") == too_slow(cells, "clip", 128, 8, "bfloat16") == set()

@@ -94,7 +94,7 @@ def sweep(config: Annotated[SweepConfig, tyro.conf.arg(name="")]) -> None:
 
 
 def replay(config: Annotated[ReplayConfig, tyro.conf.arg(name="")]) -> None:
-    """Train every loss balance of the original comparison again; table and HTML report. Goes on where it stopped."""
+    """Train every model with every balance of losses; table and HTML report. Goes on where it stopped."""
     run_replay(config, make_console())
 
 

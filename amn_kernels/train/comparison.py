@@ -1,4 +1,4 @@
-"""The table of the original comparison - run, configuration, in and out of distribution, analysis - from a replay.
+"""The table of a replay: run, configuration, in and out of distribution, analysis.
 
 The analysis is made of the figures alone: what is beaten, what a balance kept and gained, and what is wrong.
 """
@@ -145,7 +145,7 @@ def comparison_table(rows: list[Row]) -> Table:
 
 
 def markdown_table(rows: list[Row], untrained: dict) -> str:
-    """The same figures for a README, without the analysis; `untrained` as in the results of `replay`."""
+    """The same figures for a page, without the analysis; `untrained` as in the results of `replay`."""
     lines = [
         "| model | run | cosine | kept | hit@10 | gained | cosine, out of distribution |",
         "|---|---|---|---|---|---|---|",

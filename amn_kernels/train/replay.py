@@ -1,4 +1,4 @@
-"""The replay: the loss balances of the original comparison trained again, for every architecture, and what they became.
+"""The replay: every balance of losses trained for every architecture, and what became of it.
 
 Every training leaves a JSON file of its figures in `results/`. A run whose file is there with the same options is not
 trained again, so an interrupted replay goes on where it stopped, and a longer one adds to a shorter one.
@@ -95,8 +95,8 @@ class ReplayConfig:
 class AMNTwin(AMN):
     """AMN's parameters, name by name and shape by shape, in another forward: no baseline is added, nothing attended to.
 
-    Weights of AMN load into it without a complaint from torch. In the original comparison that happened, and a cosine
-    of -0.01 was taken for mode collapse.
+    Weights of AMN load into it without a complaint from torch. Taken by itself, its cosine near 0 looks like mode
+    collapse.
     """
 
     def forward(self, context: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def _trainings(config: ReplayConfig) -> list[tuple[DemoRun, TrainConfig]]:
                     out = config.out / folder / run.folder / f"seed-{seed}"
                     settings = dataclasses.replace(SETTINGS, data=config.data, out=out, overwrite=True)
                     trainings.append((run, dataclasses.replace(settings, **options | plan.options | run.options)))
-    # Added to the mean last, so that the runs of the original comparison are there first.
+    # Added to the mean last, so that the runs of the plain models are there first.
     return sorted(trainings, key=lambda training: training[1].residual)
 
 
