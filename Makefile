@@ -17,7 +17,7 @@
 #   make fuzz    10,000 generated inputs compared with the reference, and thousands of wrong arguments and damaged files
 #   make test-triton   the Triton kernels on the CPU: values, addresses, races
 #   make test-distributed, make bench-ring   the loss over several processes, and its peak memory
-#   make bench-train   the loss's share of a training step
+#   make bench-train   the loss's share of a training step: docs/bench.md and a line in the README
 #   make build   environment and extension   make clean         remove all that was made
 PYTHON ?= python3
 VENV := .venv
@@ -93,7 +93,7 @@ bench-ring: build
 	$(BIN)/python -m bench.ring
 
 bench-train: build
-	$(BIN)/python -m bench.train_step
+	$(BIN)/python -m bench.train_step $(BENCH_ARGS)
 
 kernels-check: build
 	$(BIN)/python -m tests.kernels_check $(CHECK_ARGS)

@@ -1,10 +1,12 @@
 """`python -m bench.train_step`: the loss's share of a training step of AMN, D = 768, MSE and InfoNCE at 0.5/0.5.
 
 A step is prediction, loss, gradients, clipping and AdamW, as in the trainer. The loss has its own leaf in the middle of
-it, so that its forward and backward are timed where they happen, with the caches as the model
-leaves them. Contenders take turns, step by step, each with a model of its own; a share is the median over steps.
+it, so that its forward and backward are timed where they happen, with the caches as the model leaves them. One thread
+and its processor time. Contenders take turns, step by step, each with a model of its own. Writes JSON, page and README.
 """
 
+import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +17,8 @@ from torch import nn
 from amn_kernels import FusedSeqLoss
 from amn_kernels.reference import eager
 from amn_kernels.train.models import AMN
+from amn_kernels.train.runs import write_atomically
+from bench import command, report, timing
 
 DIM, CONTEXT = 768, 5
 TERMS = {"mse": 0.5, "infonce": 0.5}
@@ -45,8 +49,8 @@ def make_step(criterion: Callable, context: torch.Tensor, target: torch.Tensor) 
     return step
 
 
-def measure(rows: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """Contender -> medians in seconds of loss and whole step, at so many rows."""
+def measure(rows: int, seconds: float) -> dict[str, dict[str, float]]:
+    """Contender -> medians in seconds of "loss" and whole "step", at so many rows, in about so many seconds."""
     contenders = {
         "fused, balanced": FusedSeqLoss(**TERMS),
         "fused, fixed": FusedSeqLoss(**TERMS, weighting="fixed"),
@@ -55,22 +59,35 @@ def measure(rows: int, rounds: int) -> dict[str, tuple[float, float]]:
     generator = torch.Generator().manual_seed(0)
     vectors = nn.functional.normalize(torch.randn(rows, CONTEXT + 1, DIM, generator=generator), dim=-1)
     steps = {name: make_step(loss, vectors[:, :-1], vectors[:, -1]) for name, loss in contenders.items()}
+    for step in [*steps.values()] * 3:  # warms up
+        step()
     times = {name: [] for name in steps}
-    for number in range(rounds + 3):
+    end = time.perf_counter() + seconds
+    while not times["eager, fixed"] or time.perf_counter() < end:
         for name, step in steps.items():
-            seconds = step()
-            if number >= 3:  # the first ones warm up
-                times[name].append(seconds)
-    return {name: tuple(map(statistics.median, zip(*of_steps, strict=True))) for name, of_steps in times.items()}
+            times[name].append(step())
+    return {
+        name: dict(zip(("loss", "step"), map(statistics.median, zip(*of_steps, strict=True)), strict=True))
+        for name, of_steps in times.items()
+    }
 
 
 def main() -> None:
-    """Prints a line for each number of rows and contender."""
-    torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, one thread, AMN, D = {DIM}, T = {CONTEXT}; medians")
-    for rows in (32, 256):
-        for name, (loss, step) in measure(rows, 400 if rows == 32 else 100).items():
-            print(f"{rows:>4} rows  {name:<16} loss {loss * 1e3:6.2f} ms of {step * 1e3:6.2f} ms: {loss / step:5.1%}")
+    """Measure, write, print the table."""
+    arguments = command.parse(command.make_parser("bench.train_step", __doc__, report.TRAIN, seconds=20.0))
+    timing.use_processor_time()
+    sizes = [32] if arguments.smoke else [32, 256]
+    seconds = 1.0 if arguments.smoke else arguments.seconds
+    result = {
+        "machine": report.machine(),
+        "load": os.getloadavg()[0],
+        "sizes": [{"rows": rows, "contenders": measure(rows, seconds)} for rows in sizes],
+    }
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(arguments.json, json.dumps(result, indent=1) + "\n")
+    print(report.train_section(result))
+    if arguments.json == report.TRAIN:
+        report.render()
 
 
 if __name__ == "__main__":

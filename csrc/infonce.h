@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "rows.h"
@@ -88,18 +89,26 @@ class Infonce {
     const int64_t fits = budget_ / (keys_ * (has_margin() ? 2 : 1));  // rows
     const int64_t least = std::min(kMinChunkRows, size_);
     int64_t rows = std::clamp<int64_t>(fits, least, groups_ * size_);
-    // Both directions gain by whole groups; else more rows than kChunkRows gain nothing, unless groups are small.
+    // More rows than kChunkRows gain nothing, unless groups are small; the CPU gains by less, which its caches hold.
+    const bool splits = options_.form.both && !prim_.any_dtype && size_ > kChunkRows;
+    if (splits) rows = std::min(rows, kChunkRows);
     if (rows < size_ || !options_.form.both) rows = std::min(rows, std::max(kChunkRows, fits / size_ * size_));
     rows = std::min(rows, std::max(kChunkRows, rows / size_ * size_));
-    const int64_t numel = rows * keys_;
+    // Both directions need the similarities of a group again once all its rows are seen: what fits is kept, and the last
+    // slot is for the chunks that are computed twice.
+    const int64_t chunks = options_.form.both ? divide_up(size_, rows) : 1;
+    const int64_t slots = fits >= size_ ? chunks : std::clamp<int64_t>(fits / rows, 1, chunks);
+    const int64_t keeps = slots < chunks ? slots - 1 : chunks;
+    const int64_t numel = std::min(slots * rows, std::max(rows, size_)) * keys_;
     const Scratch scratch(numel, real_), guides(has_margin() ? numel : 0, real_);
     prim_.prepare(scratch.memory());
     const Tensor cols = at::empty({2, options_.form.both ? groups_ * size_ : 0}, real_);
 
     const auto fill = [&](const Chunk& chunk, const Tensor& queries, Pairs& pairs) {
-      const Tensor logits = all_products(scratch, chunk, queries, targets);
+      const int64_t place = std::min(chunk.begin / rows, slots - 1) * rows * keys_;
+      const Tensor logits = all_products(scratch, place, chunk, queries, targets);
       pairs = pairs_of(chunk, groups_of(ids_, chunk), guides, Tensor(), Tensor());
-      if (has_margin()) pairs.guide = all_products(guides, chunk, target_.chunk(chunk), targets);
+      if (has_margin()) pairs.guide = all_products(guides, place, chunk, target_.chunk(chunk), targets);
       return logits;
     };
     const auto first_half = [&](const Chunk& chunk, const Tensor& logits, const Pairs& pairs) {
@@ -161,19 +170,26 @@ class Infonce {
           f(chunk);
         });
       };
+      std::vector<std::pair<Tensor, Pairs>> kept;
       each([&](const Chunk& chunk) {
         Pairs pairs;
         const Tensor queries = pred_.chunk(chunk), logits = fill(chunk, queries, pairs);
         first_half(chunk, logits, pairs);
-        if (!sees_all) return;
-        factors(chunk);
-        second_half(chunk, queries, logits, pairs, /*raw=*/false);
+        if (sees_all) {
+          factors(chunk);
+          second_half(chunk, queries, logits, pairs, /*raw=*/false);
+        } else if (chunk.begin / rows < keeps) {
+          kept.emplace_back(logits, pairs);
+        }
       });
       if (sees_all || !sends) return;
       factors(groups);
       each([&](const Chunk& chunk) {
+        const Tensor queries = pred_.chunk(chunk);
+        const int64_t number = chunk.begin / rows;
+        if (number < keeps) return second_half(chunk, queries, kept[number].first, kept[number].second, /*raw=*/false);
         Pairs pairs;
-        const Tensor queries = pred_.chunk(chunk), logits = fill(chunk, queries, pairs);
+        const Tensor logits = fill(chunk, queries, pairs);
         second_half(chunk, queries, logits, pairs, /*raw=*/true);
       });
     });
@@ -182,9 +198,10 @@ class Infonce {
  private:
   bool has_margin() const { return options_.margin >= 0; }
 
+  static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
   // The size of blocks of at most `most` that `count` keys make: about even, as a small last block is slow.
   static int64_t even(int64_t count, int64_t most) {
-    const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
     const int64_t size = divide_up(count, divide_up(count, most));
     return std::min(most, divide_up(size, kMinBlockKeys) * kMinBlockKeys);
   }
@@ -210,8 +227,9 @@ class Infonce {
   }
 
   // x k for all keys k of the rows x of a chunk, [M, keys] or [G, M, keys].
-  Tensor all_products(const Scratch& scratch, const Chunk& chunk, const Tensor& x, const Tensor& targets) const {
-    const Tensor out = scratch.take(sizes_of(chunk, keys_));
+  Tensor all_products(
+      const Scratch& scratch, int64_t place, const Chunk& chunk, const Tensor& x, const Tensor& targets) const {
+    const Tensor out = scratch.take(sizes_of(chunk, keys_), place);
     multiply(part(out, -1, 0, size_), x, groups_of(targets, chunk).mT(), false);
     if (keys_ > size_) multiply(part(out, -1, size_, keys_ - size_), x, with_groups(extra_, chunk).mT(), false);
     return out;

@@ -137,7 +137,10 @@ class Scratch {
   Scratch(int64_t numel, const at::TensorOptions& options)
       : memory_(numel > 0 ? at::empty({numel}, options) : Tensor()) {}
   const Tensor& memory() const { return memory_; }
-  Tensor take(at::IntArrayRef sizes) const { return part(memory_, 0, 0, c10::multiply_integers(sizes)).view(sizes); }
+  // The numbers from `begin` on.
+  Tensor take(at::IntArrayRef sizes, int64_t begin = 0) const {
+    return part(memory_, 0, begin, c10::multiply_integers(sizes)).view(sizes);
+  }
 
  private:
   Tensor memory_;

@@ -93,7 +93,8 @@ def copies(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(
-    not all(path.exists() for path in (report.TERMS, report.PROFILE, report.PEERS)), reason="not all was measured"
+    not all(path.exists() for path in (report.TERMS, report.PROFILE, report.TRAIN, report.PEERS)),
+    reason="not all was measured",
 )
 def test_rendering_changes_nothing(copies):
     """README.md and docs/bench.md show the files and nothing else, however often they are rendered."""
@@ -105,7 +106,7 @@ def test_rendering_changes_nothing(copies):
 
 def test_rendering_replaces_what_is_between_the_markers(copies):
     text = report.README.read_text()
-    for name in ("terms", "peers"):
+    for name in ("terms", "train", "peers"):
         opening = f"<!-- bench:{name} -->"
         before, after = text.split(opening)
         text = f"{before}{opening}an older figure{after}"
@@ -120,6 +121,7 @@ def test_rendering_replaces_what_is_between_the_markers(copies):
 def test_what_was_not_measured_is_left_out_of_the_page(copies, monkeypatch):
     monkeypatch.setattr(report, "TERMS", copies / "terms.json")
     monkeypatch.setattr(report, "PEERS", copies / "peers.json")
+    monkeypatch.setattr(report, "TRAIN", copies / "train_step.json")
     readme = report.README.read_text()
     report.render()
     assert re.findall("^## (.*)", report.PAGE.read_text(), flags=re.M) == ["Where the time of a step goes"]

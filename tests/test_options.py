@@ -179,6 +179,24 @@ def test_chunk_bytes_change_nothing(option, chunk_bytes, shape):
         assert relative_error(x, y) <= 1e-6  # sums in another order
 
 
+@pytest.mark.parametrize(("fits", "products"), [(1100, 9), (2400, 8), (2600, 6)], ids=["none", "one chunk", "all"])
+@pytest.mark.parametrize("margin", [None, 0.05])
+def test_both_directions_keep_what_fits(fits, products, margin):
+    """Three chunks of rows: S and O of each, and S again where it is not kept; a margin needs a guide as large."""
+    pred, target = make_rows(2600, 12)
+    options = {**INFONCE, "direction": "both", "false_negative_margin": margin, "backend": "cpu"}
+    factor = 1 if margin is None else 2
+    chunk_bytes = fits * 2600 * 4 * factor
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        found = run(pred, target, **options, chunk_bytes=chunk_bytes)
+    wanted = run(pred.double(), target.double(), **{**options, "backend": "reference"})
+    for x, y in zip(found, wanted, strict=True):
+        assert relative_error(x, y) <= 3e-6
+    # run() asks for target's gradient as well: Q of each chunk.
+    guides = 0 if margin is None else products - 3
+    assert sum(event.name in ("aten::mm", "aten::addmm") for event in profile.events()) == products + 3 + guides
+
+
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 9), st.integers(0, 2**31))
 def test_steps_are_separate_calls(batch, steps, dim, seed):
     """negatives="step" on [B, T, D] is the mean of T calls on [B, D]; "sequence" that of B calls on [T, D]."""
