@@ -7,8 +7,8 @@
 //               O = rescale O + S K          vendor GEMM, with gradients only
 //             general InfoNCE (both directions, several positives, or gradients for keys), per chunk of rows:
 //               S = P K^T                    all keys of the rows
-//               softmax_stats_, softmax_cols row and column sums; both directions must see all rows first, so that S is
-//                                            kept if it fits chunk_bytes, else computed twice
+//               softmax_stats_, softmax_cols row and column sums; both directions must see all rows first: what fits
+//                                            chunk_bytes of S is kept, the rest is computed twice
 //               softmax_weights_(S)          in place: normalised, both directions in one
 //               O = S K, Q += S^T P          vendor GEMM; Q for keys that need a gradient
 //             row_dots(O), row_dots(Q)       o, and the scalars for norms and angles of the term gradients
