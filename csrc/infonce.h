@@ -94,9 +94,9 @@ class Infonce {
     if (splits) rows = std::min(rows, kChunkRows);
     if (rows < size_ || !options_.form.both) rows = std::min(rows, std::max(kChunkRows, fits / size_ * size_));
     rows = std::min(rows, std::max(kChunkRows, rows / size_ * size_));
-    // Both directions need the similarities of a group again once all its rows are seen: what fits is kept, and the last
-    // slot is for the chunks that are computed twice.
-    const int64_t chunks = options_.form.both ? divide_up(size_, rows) : 1;
+    // Gradients of both directions need the similarities of a group again once all its rows are seen: what fits is kept,
+    // and the last slot is for the chunks that are computed twice.
+    const int64_t chunks = options_.form.both && sends ? divide_up(size_, rows) : 1;
     const int64_t slots = fits >= size_ ? chunks : std::clamp<int64_t>(fits / rows, 1, chunks);
     const int64_t keeps = slots < chunks ? slots - 1 : chunks;
     const int64_t numel = std::min(slots * rows, std::max(rows, size_)) * keys_;
