@@ -44,6 +44,8 @@ class BalancedWeighting(nn.Module):
     ``skipped`` [m].
     """
 
+    mean: Tensor
+
     def __init__(self, options: LossOptions):
         super().__init__()
         self.terms = options.terms
