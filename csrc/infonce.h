@@ -89,7 +89,7 @@ class Infonce {
     const int64_t fits = budget_ / (keys_ * (has_margin() ? 2 : 1));  // rows
     const int64_t least = std::min(kMinChunkRows, size_);
     int64_t rows = std::clamp<int64_t>(fits, least, groups_ * size_);
-    // More rows than kChunkRows gain nothing, unless groups are small; the CPU gains by less, which its caches hold.
+    // More rows than kChunkRows gain nothing, unless groups are small; in chunks a part of a large group can be kept.
     const bool splits = options_.form.both && !prim_.any_dtype && size_ > kChunkRows;
     if (splits) rows = std::min(rows, kChunkRows);
     if (rows < size_ || !options_.form.both) rows = std::min(rows, std::max(kChunkRows, fits / size_ * size_));

@@ -240,11 +240,7 @@ def col_terms_kernel(
         variance += tl.sum(tl.where(hinge, missing, 0.0))
         pull = slope(tl.where(missing > 0, -1.0 / tl.cast(dim, tl.float64), 0.0), n, sd_unit)
         tl.store(out + VARIANCE_V * dim, pull.to(tl.float32), mask=inside)
-        tl.store(
-            out + VARIANCE_UNIT * dim,
-            column(moments, MEAN_UNIT_PRED, k, dim).to(tl.float32),
-            mask=inside,
-        )
+        tl.store(out + VARIANCE_UNIT * dim, column(moments, MEAN_UNIT_PRED, k, dim).to(tl.float32), mask=inside)
     tl.store(values, moment / dim)
     tl.store(values + 1, variance / dim)
 
