@@ -15,7 +15,7 @@ TERMS = (*FUSED_TERMS,)
 """All terms, in the order of every per-term tensor and table."""
 
 # Measured on two cores: pred_to_target takes the same time, within 2%, from 2 to 8 MiB; general at 4,096 rows 12% less
-# at 16 MiB than at 4, and no less at 64; both at 8,192 rows 7 to 22% less at 256 MiB, which is all, than at 64.
+# at 16 MiB than at 4, and no less at 64; both at 8,192 rows 20 to 25% less at 256 MiB, which is all, than at 64.
 DEFAULT_CHUNK_BYTES = {
     "cpu": {"pred_to_target": 2 << 20, "general": 16 << 20, "both": 256 << 20},
     "cuda": {"pred_to_target": 64 << 20, "general": 64 << 20, "both": 64 << 20},
