@@ -96,7 +96,7 @@ CONTESTS = {
     "clip": Contest(True, _both_directions, {}),
     "simclr": Contest(True, _views, {}),
 }
-"""By the names that `report.TITLES` has titles for."""
+"""By the names that `report.peers.TITLES` has titles for."""
 
 
 def make_inputs(rows: int, dim: int, dtype: torch.dtype, target_learns: bool) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ def main() -> None:
                     slow = too_slow(result["times"], name, rows, dim, dtype)
                     if entry := measure(name, rows, dim, dtype, arguments.seconds, slow):
                         keep("times", entry, "contest", "rows", "dim", "dtype")
-                        print(report.line(entry), flush=True)
+                        print(report.peers.line(entry), flush=True)
     for rows in arguments.memory_rows:
         for name in arguments.contests:
             for contender in CONTESTS[name].contenders(rows):

@@ -62,7 +62,7 @@ def parts(rows: int, seconds: float) -> dict[str, float]:
     runs = {
         "step": step(loss, pred, target),
         "module": lambda: loss(pred, target),
-        "op": lambda: ops.seq_loss(pred, target, loss.options, loss._weights),
+        "op": lambda: ops.seq_loss(pred, target, loss.options, *loss._constants.on(pred.device)),
         "checks": lambda: check_inputs(pred, target, loss.options),
         "products": products,
         "multiplication": lambda: number * 2.0,
@@ -116,7 +116,7 @@ def main() -> None:
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(arguments.json, json.dumps(result, indent=1) + "\n")
-    print(report.profile_section(result))
+    print(report.terms.profile_section(result))
     if arguments.json == report.PROFILE:
         report.render()
 

@@ -85,7 +85,7 @@ def main() -> None:
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(arguments.json, json.dumps(result, indent=1) + "\n")
-    print(report.train_section(result))
+    print(report.terms.train_section(result))
     if arguments.json == report.TRAIN:
         report.render()
 

@@ -31,9 +31,9 @@ def test_a_contender_that_is_no_longer_compiled_is_an_error():
 
 def test_exponent_of_a_power_law():
     """Only the larger half counts: a fixed cost at small sizes does not bend the fit."""
-    assert report.exponent({2**k: 7.0 * 4**k for k in range(5, 12)}) == pytest.approx(2)
-    assert report.exponent({32: 1.0, 64: 1.0, 1024: 1.0, 2048: 4.0, 4096: 16.0}) == pytest.approx(2)
-    assert report.exponent({32: 1.0}) is None
+    assert report.peers.exponent({2**k: 7.0 * 4**k for k in range(5, 12)}) == pytest.approx(2)
+    assert report.peers.exponent({32: 1.0, 64: 1.0, 1024: 1.0, 2048: 4.0, 4096: 16.0}) == pytest.approx(2)
+    assert report.peers.exponent({32: 1.0}) is None
 
 
 def test_turns(monkeypatch):
@@ -76,7 +76,7 @@ def test_parts_of_the_profile_add_up():
     seconds = {name: (i + 1) * 1e-6 for i, name in enumerate(names)}
     machine = {"torch": "2", "threads": 1, "cores": 1, "isa": "avx2", "clock": "wall time"}
     sizes = [{"rows": 32, "seconds": {**seconds, "step": 36e-6}, "after other work": 50e-6}]
-    table = report.profile_section({"machine": machine, "load": 0.0, "sizes": sizes})
+    table = report.terms.profile_section({"machine": machine, "load": 0.0, "sizes": sizes})
     assert "| **arithmetic** | **21 (58%)** |" in table
     assert "| **overhead** | **15 (42%)** |" in table
     assert "| Python | 7 (19%) |" in table
@@ -149,7 +149,7 @@ def test_the_verdict_names_the_worst_ratio(slow, says):
         }
         return {"contest": "both", "rows": rows, "dim": 768, "dtype": "float32", "contenders": contenders}
 
-    summary = report.peers_summary({"times": [cell(32, slow=1.5), cell(64, slow=slow, other=2.0)]}).replace("\n", " ")
+    summary = report.peers.summary({"times": [cell(32, slow=1.5), cell(64, slow=slow, other=2.0)]}).replace("\n", " ")
     assert "against 2 other implementations" in summary
     assert says in summary
 
@@ -160,7 +160,7 @@ def test_the_closest_contender_of_every_cell_is_shown():
         return {"contest": "both", "rows": rows, "dim": 768, "dtype": dtype, "contenders": contenders}
 
     cells = [cell(32, "bfloat16", a=3.0), cell(32, "float32", a=1.5, b=1.25), cell(64, "float32", a=0.97, b=2.0)]
-    table = report._closest(cells)[-1]
+    table = report.peers._closest(cells)[-1]
     assert "|  | 32 | 64 |" in table
     assert "| both directions, float32, D = 768 | 1.25x | 0.97x |" in table
     assert "| both directions, bfloat16, D = 768 | 3.00x |  |" in table

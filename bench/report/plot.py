@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+PLOT_NAME = "bench-peers.png"  # beside the page that shows it
+
 
 def draw(result: dict, path: Path, dim: int, dtype: str) -> None:
     """A PNG of time and memory against rows, pred to target, at one D and dtype, on logarithmic axes."""
