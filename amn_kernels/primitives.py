@@ -18,7 +18,7 @@ _ROWS = (
     "pred_moment diff_moment att_moment moment_moment diff_variance att_variance moment_variance variance_variance"
 )
 Row = enum.IntEnum("Row", [name.upper() for name in _ROWS.split()], start=0)
-"""Row scalars [len(Row), N] float64: enum RowScalar in csrc/row_scalars.h."""
+"""Row scalars [len(Row), N] float64: enum RowScalar in csrc/types.h."""
 
 COLUMN_SUMS = (Row.COL_MAX, Row.COL_OTHERS, Row.COL_POSITIVE_SUM)
 """What is gathered for a key as the rows pass by."""
@@ -31,14 +31,14 @@ _MOMENTS = (
     "unit_pred unit_target"
 )
 Moment = enum.IntEnum("Moment", [name.upper() for name in _MOMENTS.split()], start=0)
-"""Means and sums of products of the columns, [len(Moment), D] float64: enum Moment in csrc/row_scalars.h."""
+"""Means and sums of products of the columns, [len(Moment), D] float64: enum Moment in csrc/types.h."""
 
 MOMENTS, COLUMNS = len(Moment), 7
-"""Numbers per column: kMoments and kColumns in csrc/row_scalars.h."""
+"""Numbers per column: kMoments and kColumns in csrc/types.h."""
 
 
 class Attention(enum.IntEnum):
-    """How the attention output is held before row_dots: enum Attention in csrc/row_scalars.h."""
+    """How the attention output is held before row_dots: enum Attention in csrc/types.h."""
 
     UNNORMALISED = 0
     NORMALISED = 1
@@ -76,7 +76,7 @@ class TermList(NamedTuple):
 
     @property
     def ids(self) -> list[int]:
-        """The terms' numbers: enum Term in csrc/row_scalars.h."""
+        """The terms' numbers: enum Term in csrc/types.h."""
         return [FUSED_TERMS.index(name) for name in self.names]
 
     def sends(self, name: str) -> bool:

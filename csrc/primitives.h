@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "row_scalars.h"
+#include "types.h"
 
 namespace amn {
 

@@ -252,7 +252,7 @@ def mutated(mutation: Mutation, folder: Path) -> Path:
     """A copy of the sources with one barrier less."""
     sources = folder / "csrc" / "cuda"
     sources.mkdir(parents=True)
-    for path in [*SOURCES.iterdir(), SOURCES.parent / "row_scalars.h"]:
+    for path in [*SOURCES.iterdir(), SOURCES.parent / "types.h"]:
         text = path.read_text()
         if path.name == mutation.file:
             places = [x.start() for x in re.finditer(r"__syncthreads\(\);", text)]

@@ -34,7 +34,7 @@ PRED_PRED_S, TARGET_TARGET_S = tl.constexpr(int(Moment.PRED_PRED)), tl.constexpr
 DIFF_DIFF_S, DIFF_PRED_S = tl.constexpr(int(Moment.DIFF_DIFF)), tl.constexpr(int(Moment.DIFF_PRED))
 UNIT_PRED_S, UNIT_TARGET_S = tl.constexpr(int(Moment.UNIT_PRED)), tl.constexpr(int(Moment.UNIT_TARGET))
 
-# enum Column in csrc/row_scalars.h.
+# enum Column in csrc/types.h.
 MOMENT_A, MOMENT_C, MOMENT_PRED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 MOMENT_C_TARGET, MOMENT_TARGET = tl.constexpr(3), tl.constexpr(4)
 VARIANCE_V, VARIANCE_UNIT = tl.constexpr(5), tl.constexpr(6)

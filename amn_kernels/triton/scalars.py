@@ -1,4 +1,4 @@
-"""Numbers per row, and the small formulas that the kernels share: csrc/row_scalars.h in Triton.
+"""Numbers per row, and the small formulas that the kernels share: csrc/types.h in Triton.
 
 Row scalars are float64 [scalars, N] with unit stride along N; ``i`` are row numbers, int64, so that offsets are 64-bit.
 """

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../row_scalars.h"
+#include "../types.h"
 
 namespace amn::cpu {
 
@@ -37,7 +37,7 @@ struct AnyRows {
   }
 };
 
-// Row scalars [kRowScalars, M]: see RowScalar in row_scalars.h.
+// Row scalars [kRowScalars, M]: see RowScalar in types.h.
 struct Scalars {
   double* data;
   int64_t stride;

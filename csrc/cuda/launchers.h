@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../row_scalars.h"
+#include "../types.h"
 #include "launch.h"
 
 namespace amn::cuda {

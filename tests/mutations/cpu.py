@@ -5,6 +5,8 @@ from .mutation import Mutation
 _INFONCE = "test_seq_loss.py::test_error_rule_over_shapes[65-768-infonce]"
 _COMBINATIONS = ("test_combinations.py",)
 _BLOCKS = ("test_seq_loss.py::test_chunk_bytes_change_nothing",)
+_CHUNKS = ("test_options.py::test_both_directions_keep_what_fits",)
+_GRAPH = ("test_seq_loss_graph.py",)
 
 MUTATIONS = (
     Mutation(
@@ -98,5 +100,29 @@ MUTATIONS = (
         "extra negatives weigh as if no row were masked", "seq_loss.cpp",
         "if (mask.defined()) extra_rows.select(0, kWeight)", "if (false) extra_rows.select(0, kWeight)",
         _COMBINATIONS,
+    ),
+    Mutation(
+        "kept similarities are taken for raw ones", "infonce.h",
+        "kept[number].second, /*raw=*/false", "kept[number].second, /*raw=*/true", _CHUNKS,
+    ),
+    Mutation(
+        "a chunk overwrites what is kept", "infonce.h", "std::min(chunk.begin / rows, slots - 1)", "int64_t{0}",
+        _CHUNKS,
+    ),
+    Mutation(
+        "keys attend to rows that are not divided by their norm", "infonce.h",
+        "in_place ? queries : queries * inv_pred", "queries", _CHUNKS,
+    ),
+    Mutation(
+        "keys alone compute pred's attention too", "seq_loss.cpp",
+        "needs & (kNeedsPred | kNeedsTemperature) ? n : 0", "n", _GRAPH,
+    ),
+    Mutation(
+        "both gradients in one half", "seq_loss.cpp",
+        "at::from_blob(o.data_ptr()", "at::from_blob(attention.data_ptr()", _GRAPH,
+    ),
+    Mutation(
+        "a small gradient in place of a large attention", "seq_loss.cpp",
+        "in_place && o.size(0) == attention.size(0)", "in_place && !halves", _GRAPH,
     ),
 )  # fmt: skip

@@ -68,7 +68,7 @@ def run(program: Path, *arguments: str, timeout: float = 600) -> subprocess.Comp
 
 
 def _objects(build: Build, sources: list[Path]) -> list[Path]:
-    headers = [*HERE.glob("*.h"), *KERNELS.glob("*.h"), *KERNELS.glob("*.cuh"), ROOT / "csrc" / "row_scalars.h"]
+    headers = [*HERE.glob("*.h"), *KERNELS.glob("*.h"), *KERNELS.glob("*.cuh"), ROOT / "csrc" / "types.h"]
     newest = max(path.stat().st_mtime for path in [*headers, Path(__file__)])
     folder = BUILD / build.name.lower()
     folder.mkdir(parents=True, exist_ok=True)

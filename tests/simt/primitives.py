@@ -14,7 +14,7 @@ from .trace import Argument, Library
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _ANY_DTYPE = 4
 _MAX_TERMS = 5
-_SCALED = 3  # kScaled of enum Attention in csrc/row_scalars.h: weights of 16 bits
+_SCALED = 3  # kScaled of enum Attention in csrc/types.h: weights of 16 bits
 
 
 class _Matrix(ctypes.Structure):
@@ -229,7 +229,7 @@ class SimtPrimitives:
         self._library.call("temperature_grad", *arguments, _temperature(tau), real, _pointer(grad))
 
     def balance(self, values, gram, state: dict[str, Tensor], options: tuple, weights, loss) -> None:
-        """`state` and `options` by the names and in the order of launchers.h and row_scalars.h."""
+        """`state` and `options` by the names and in the order of launchers.h and types.h."""
         ordered = [state[name] for name, _ in _BalanceState._fields_]
         of_state = Argument(_BalanceState(*(x.data_ptr() for x in ordered)), tuple(ordered))
         arguments = (_pointer(values), _pointer(gram), of_state, Argument(c_int64(len(values))))
