@@ -116,11 +116,12 @@ def audit(
     module = model if isinstance(model, nn.Module) else None
     parameters = [] if module is None else list(module.parameters())
     device = parameters[0].device if parameters else None
-    batches = [_move(batch, device) for batch in islice(loader, max(MEASURED_BATCHES, probe_steps))]
-    if not batches:
-        raise ValueError("loader gave no batch")
     probed = probe_steps > 0 and any(parameter.requires_grad for parameter in parameters)
     with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+        # A DataLoader too draws random numbers.
+        batches = [_move(batch, device) for batch in islice(loader, max(MEASURED_BATCHES, probe_steps))]
+        if not batches:
+            raise ValueError("loader gave no batch")
         start = _measure(_copied(model), batches, _copied(criterion))
         after = None
         if module is not None and probed:
@@ -275,10 +276,11 @@ def _verdict(
         if term.grad_norm == 0:
             lines.append(f"{name} sends no gradient at the start.")
     if last is not first:
-        before, after = (f"{measurement.cosine_similarity:.3f}" for measurement in (first, last))
-        moved = "stayed at" if before == after else f"{'rose' if before < after else 'fell'} from {before} to"
+        # As shown, and without a sign of 0.
+        before, after = (round(measurement.cosine_similarity, 3) + 0.0 for measurement in (first, last))
+        moved = "stayed at" if before == after else f"{'rose' if before < after else 'fell'} from {before:.3f} to"
         steps = next(reversed(measurements)).removeprefix("after ")
-        lines.append(f"In {steps} the cosine between prediction and target {moved} {after}.")
+        lines.append(f"In {steps} the cosine between prediction and target {moved} {after:.3f}.")
     if last.conflict is not None and last.conflict_pair is not None and last.conflict < 0:
         a, b = last.conflict_pair
         lines.append(f"{a} and {b} pull against each other (gradient cosine {last.conflict:.2f}).")

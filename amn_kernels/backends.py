@@ -160,7 +160,16 @@ def _reference_unsupported(call: Call) -> str | None:
     return "it does not work over ranks" if call.options.over_ranks else None
 
 
+def _is_vmapped() -> bool:
+    if not _is_transformed():
+        return False
+    functorch = torch._C._functorch
+    return any(level.key() == functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ())
+
+
 def _reference_run(call: Call) -> Outcome:
+    if call.weighting is not None and _is_vmapped():
+        raise ValueError(f"weighting must be 'fixed' under torch.func.vmap, got {shown(call.options.weighting)}")
     return _run_unweighted(reference.term_outputs, call)
 
 

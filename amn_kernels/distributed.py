@@ -131,21 +131,21 @@ class Group(Exchange):
 
 class _SeqLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, group, options, mask, ids, pred, target, extra_negatives, temperature):
-        ctx.prim = _primitives(pred)
-        ctx.needs = frozenset(name for name, need in zip(_TENSORS, ctx.needs_input_grad[4:], strict=True) if need)
-        values, gram, metrics, saved = algorithm.forward(
-            ctx.prim,
-            group,
-            options,
-            pred,
-            target,
-            temperature=temperature,
-            mask=mask,
-            extra_negatives=extra_negatives,
-            ids=ids,
-            needs=ctx.needs,
-        )
+    def forward(ctx, group, options, needs, mask, ids, pred, target, extra_negatives, temperature):
+        ctx.prim, ctx.needs = _primitives(pred), needs
+        with torch.cuda.device_of(pred):
+            values, gram, metrics, saved = algorithm.forward(
+                ctx.prim,
+                group,
+                options,
+                pred,
+                target,
+                temperature=temperature,
+                mask=mask,
+                extra_negatives=extra_negatives,
+                ids=ids,
+                needs=needs,
+            )
         ctx.options, ctx.ranks = options, group.size
         ctx.save_for_backward(pred, target, extra_negatives, temperature, *saved)
         gram = values.new_empty(0, 0) if gram is None else gram
@@ -156,18 +156,19 @@ class _SeqLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_values, *_):
         pred, target, extra_negatives, temperature, *saved = ctx.saved_tensors
-        gradients = algorithm.backward(
-            ctx.prim,
-            ctx.options,
-            Saved(*saved),
-            grad_values * ctx.ranks,
-            pred,
-            target,
-            temperature=temperature,
-            extra_negatives=extra_negatives,
-            needs=ctx.needs,
-        )
-        return None, None, None, None, *(gradients.get(name) for name in _TENSORS)
+        with torch.cuda.device_of(pred):
+            gradients = algorithm.backward(
+                ctx.prim,
+                ctx.options,
+                Saved(*saved),
+                grad_values * ctx.ranks,
+                pred,
+                target,
+                temperature=temperature,
+                extra_negatives=extra_negatives,
+                needs=ctx.needs,
+            )
+        return None, None, None, None, None, *(gradients.get(name) for name in _TENSORS)
 
 
 def term_outputs(call) -> TermOutputs:
@@ -182,17 +183,22 @@ def term_outputs(call) -> TermOutputs:
     """
     options, rows = call.options, call.pred.shape[:-1].numel()
     given = {name: getattr(call, name) for name in _TENSORS}
-    grad = torch.is_grad_enabled()
+    # Under no_grad nothing: ctx.needs_input_grad would not say so.
+    needs = [name for name, x in given.items() if x is not None and x.requires_grad and torch.is_grad_enabled()]
+    weighting = options.weighting if isinstance(options.weighting, str) else "a function"
     same = {
         "pred's last dimension": call.pred.shape[-1],
         "the dtype that is computed in": compute_dtype(call.pred, call.target),
+        # As the dtype that keys travel in.
+        "target's dtype": call.target.dtype if call.target.is_cuda else None,
         "whether ids are given": call.ids is not None,
-        "what needs a gradient": [name for name, x in given.items() if grad and x is not None and x.requires_grad],
-        "what the loss consists of": (options.terms, options.lambdas, options.monitor),
-        "what infonce compares": (options.direction, options.positives, options.false_negative_margin),
-    }
+        "what needs a gradient": needs,
+        "what the loss consists of": (options.terms, options.lambdas, options.variance_target),
+        "how terms are weighted": (weighting, options.anchor, options.ema, options.update_every),
+        "what infonce compares": (
+            options.temperature, options.direction, options.positives, options.false_negative_margin,
+        ),
+    }  # fmt: skip
     group = Group(options.process_group, options.gather_negatives, rows, call.pred.device, same)
-    values, gram, metrics = _SeqLoss.apply(
-        group, options, call.mask, call.ids, call.pred, call.target, call.extra_negatives, call.temperature
-    )
+    values, gram, metrics = _SeqLoss.apply(group, options, frozenset(needs), call.mask, call.ids, *given.values())
     return TermOutputs(values, gram if gram.numel() else None, metrics)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def pack(facts: dict) -> Tensor:  # [bytes] uint8
-    """The facts as the bytes of their JSON."""
-    return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+    """The facts as the bytes of their JSON, on the CPU whatever the default device is."""
+    return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8, device="cpu")
 
 
 def unpack(state: Tensor) -> dict:

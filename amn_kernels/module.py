@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from amn_kernels import backends, functional
 from amn_kernels.checks import check_inputs, check_state
+from amn_kernels.constants import Constants
 from amn_kernels.options import LossOptions
 from amn_kernels.reference.seq_loss import compute_dtype
 from amn_kernels.stats import LossStats
@@ -65,8 +66,7 @@ class FusedSeqLoss(nn.Module):
         super().__init__()
         self.options = LossOptions(**arguments)
         self._backend = backends.requested(self.options.backend)
-        # A buffer only to move with the module; what it holds follows from the options.
-        self.register_buffer("_weights", torch.tensor(self.options.lambdas, dtype=torch.float32), persistent=False)
+        self._constants = Constants((self.options.lambdas, torch.float32))
         if learnable_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(float(temperature), dtype=torch.float32).log())
         self.weighting = make_weighting(self.options)
@@ -88,13 +88,12 @@ class FusedSeqLoss(nn.Module):
             check_state(self.log_temperature.device, pred.device)
             # In what is computed in: the module may have been cast to 16 bits.
             temperature = self.log_temperature.to(compute_dtype(pred, target)).exp()
-        # From `_buffers`: as an attribute a buffer is found only after a failed search, which takes a microsecond.
         loss, self._last.stats = functional.evaluate(
             pred,
             target,
             self.options,
             self._backend,
-            weights=self._buffers["_weights"],
+            weights=self._constants.on(pred.device)[0],
             weighting=self.weighting,
             told=self._last.told,
             temperature=temperature,
@@ -106,8 +105,7 @@ class FusedSeqLoss(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        # `.half()` and the like round floating buffers; these weights are the options' and not the model's.
-        self._weights = torch.tensor(self.options.lambdas, dtype=torch.float32, device=self._weights.device)
+        self._constants.follow(fn)
         return self
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed
 
 FUSED_TERMS = ("mse", "cosine", "infonce", "moment", "variance")
-"""The terms that kernels compute, by number: enum Term in csrc/row_scalars.h."""
+"""The terms that kernels compute, by number: enum Term in csrc/types.h."""
 
 TERMS = (*FUSED_TERMS,)
 """All terms, in the order of every per-term tensor and table."""
@@ -55,7 +55,8 @@ class LossOptions:
         anchor: The term that keeps its own scale; default: mse if it is on, else the first term that is on.
         ema: Decay of running norms and values, in [0, 1).
         temperature: τ > 0 of InfoNCE.
-        learnable_temperature: Make τ a parameter (`FusedSeqLoss` only).
+        learnable_temperature: Make τ a parameter (`FusedSeqLoss` only). Over ranks its gradient too is to be averaged:
+            wrap the loss, not the model alone, in DistributedDataParallel.
         direction: ``"pred_to_target"``, or ``"both"`` for the mean of the two cross entropies, as CLIP has it.
         negatives: Which rows of [B, T, D] input are each other's negatives: ``"all"`` B·T, the B rows of one
             ``"step"``, or the T rows of one ``"sequence"``.
@@ -178,12 +179,13 @@ class LossOptions:
         # A set would do too, but a string would pass letter by letter, and an iterator only once.
         if not isinstance(self.monitor, (tuple, list, set, frozenset)):
             raise ValueError(f"monitor must be a tuple of term names, got {shown(self.monitor)}")
-        object.__setattr__(self, "monitor", tuple(self.monitor))
         for name in self.monitor:
             if not (isinstance(name, str) and name in TERMS):
                 raise ValueError(f"monitor must name terms of {', '.join(TERMS)}, got {shown(name)}")
             if name in self.enabled:
                 raise ValueError(f"monitor is for terms of weight 0, got {name!r} of weight {getattr(self, name)}")
+        # In one order, as a set has another one in every process.
+        object.__setattr__(self, "monitor", tuple(term for term in TERMS if term in self.monitor))
         if self.anchor is not None and not (isinstance(self.anchor, str) and self.anchor in self.enabled):
             raise ValueError(f"anchor must be one of the terms that are on, {self.enabled}, got {shown(self.anchor)}")
 
@@ -204,6 +206,10 @@ class LossOptions:
         for option, is_on in used.items():
             if is_on:
                 raise ValueError(f"{option} needs the infonce term, which is off (weight 0)")
+
+    def __deepcopy__(self, memo: dict) -> "LossOptions":
+        # Nothing in it changes, and a process group can't be copied.
+        return self
 
     @property
     def default_anchor(self) -> str:

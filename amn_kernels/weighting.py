@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from amn_kernels import extra_state, ops, triton
 from amn_kernels.checks import check_state
+from amn_kernels.constants import Constants
 from amn_kernels.options import LossOptions
 from amn_kernels.reference.balance import MOST, balance
 
@@ -58,10 +59,8 @@ class BalancedWeighting(nn.Module):
         self.register_buffer("updates", torch.zeros(m, dtype=torch.int64))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped", torch.zeros(m, dtype=torch.int64))
-        # Constants that move with the module; not state.
-        self.register_buffer("lambdas", torch.tensor(options.lambdas, dtype=torch.float64), persistent=False)
         most = [1.0 if term in HINGES else MOST for term in self.terms]
-        self.register_buffer("most", torch.tensor(most, dtype=torch.float32), persistent=False)
+        self.constants = Constants((options.lambdas, torch.float64), (most, torch.float32))
 
     @torch.no_grad()
     def forward(self, values: Tensor, gram: Tensor | None) -> Tensor:  # [m], [m, m] -> [m]
@@ -83,8 +82,7 @@ class BalancedWeighting(nn.Module):
             buffers["updates"],
             buffers["calls"],
             buffers["skipped"],
-            buffers["lambdas"],
-            buffers["most"],
+            *self.constants.on(device),
             self.anchor,
             self.decay,
             self.update_every,
@@ -99,7 +97,14 @@ class BalancedWeighting(nn.Module):
         for name, buffer in before.items():
             if self._buffers[name].dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(self._buffers[name].device)
+        self.constants.follow(fn)
         return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *further):
+        # First of all: torch would ask for it after the buffers were copied.
+        if (given := state_dict.get(f"{prefix}_extra_state")) is not None:
+            self.set_extra_state(given)
+        super()._load_from_state_dict(state_dict, prefix, *further)
 
     def get_extra_state(self) -> Tensor:
         """What the numbers in the buffers belong to: terms and weighting."""
@@ -129,23 +134,21 @@ def _step_for(device: torch.device) -> Callable[..., Tensor]:
 class CallableWeighting(nn.Module):
     """Weights λ_i f(Gram, values)_i by a function of the caller, over the terms that are on, in signature order."""
 
-    lambdas: Tensor
-
     def __init__(self, options: LossOptions):
         super().__init__()
         assert callable(options.weighting)
         self.function = options.weighting
         self.terms = options.terms
-        self.enabled = [options.terms.index(term) for term in options.enabled]
-        self.register_buffer("lambdas", torch.tensor(options.lambdas, dtype=torch.float64), persistent=False)
+        enabled = [options.terms.index(term) for term in options.enabled]
+        self.constants = Constants((options.lambdas, torch.float64), (enabled, torch.int64))
 
     @torch.no_grad()
     def forward(self, values: Tensor, gram: Tensor | None) -> Tensor:  # [m], [m, m] -> [m]
         """Weights in the dtype of the values; plain λ where no gradients were asked for."""
-        weights = self.lambdas.to(device=values.device, dtype=values.dtype, copy=True)
+        lambdas, some = self.constants.on(values.device)
+        weights = lambdas.to(values.dtype, copy=True)
         if gram is None:
             return weights
-        some = self.enabled
         scale = self.function(gram[some][:, some], values[some])
         if not isinstance(scale, Tensor) or scale.shape != (len(some),):
             raise ValueError(
@@ -154,3 +157,8 @@ class CallableWeighting(nn.Module):
             )
         weights[some] *= scale.to(weights)
         return weights
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.constants.follow(fn)
+        return self

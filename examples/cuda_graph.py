@@ -36,15 +36,17 @@ def main(steps=200, batch=256, device="cuda"):
     step = make_step(model, criterion, optimizer, context, target)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # what is allocated at the first calls must not be part of the graph
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(stream)
+    before = criterion.stats.cosine_similarity.item()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
 
-    before, rng = criterion.stats.cosine_similarity.item(), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for _ in range(steps):
         for held, new in zip((context, target), windows.batch(rng.choice(split.train, batch)), strict=True):
             held.copy_(new)

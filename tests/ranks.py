@@ -143,6 +143,26 @@ def data_parallel(rank, sizes):
         assert relative_error(parameter.grad, gradient) <= 1e-11
 
 
+def learned_temperature(rank, sizes):
+    """With the loss in DistributedDataParallel its temperature too gets the gradient of one process with all rows."""
+    rows = make_rows(sum(sizes), 12, dtype=torch.float64)
+    alone = FusedSeqLoss(**TERMS, learnable_temperature=True)
+    alone(rows[0].requires_grad_(), rows[1]).backward()
+    wrapped = DistributedDataParallel(FusedSeqLoss(**TERMS, learnable_temperature=True, gather_negatives=True))
+    wrapped(*(parts(x.detach(), sizes)[rank].requires_grad_(x.requires_grad) for x in rows)).backward()
+    assert relative_error(wrapped.module.log_temperature.grad, alone.log_temperature.grad) <= 1e-5
+
+
+def without_gradients(rank, sizes):
+    """Under no_grad the weighting sees nothing, whatever requires a gradient."""
+    criterion = FusedSeqLoss(**TERMS, gather_negatives=True)
+    pred, target = (parts(x, sizes)[rank].requires_grad_() for x in make_rows(sum(sizes), 12))
+    with torch.no_grad():
+        criterion(pred, target)
+    assert criterion.stats.gram is None
+    assert not criterion.weighting.updates.any()
+
+
 def disagreements(rank):
     """What one rank gives and the others don't is an error on all of them at once, and nobody waits."""
     pred, target = make_rows(5, 12)
@@ -159,8 +179,11 @@ def disagreements(rank):
         "what needs a gradient": lambda loss: loss(leaf(pred, needs=True), leaf(target, needs=odd)),
         "what the loss consists of": lambda _: FusedSeqLoss(infonce=2.0 - odd, gather_negatives=True)(pred, target),
         "what infonce compares": lambda _: FusedSeqLoss(
-            infonce=1.0, gather_negatives=True, direction="both" if odd else "pred_to_target"
+            infonce=1.0, gather_negatives=True, temperature=0.1 if odd else 0.07
         )(pred, target),
+        "how terms are weighted": lambda _: FusedSeqLoss(infonce=1.0, gather_negatives=True, ema=0.9 if odd else 0.99)(
+            pred, target
+        ),
     }
     for words, call in calls.items():
         with pytest.raises(ValueError, match=f"{words}.* must be the same on every rank, rank {rank} has"):
@@ -223,6 +246,8 @@ def main():
         count += 1
     local_keys(rank, sizes)
     data_parallel(rank, sizes)
+    learned_temperature(rank, sizes)
+    without_gradients(rank, sizes)
     queues_of_ranks(rank, sizes)
     disagreements(rank)
     if rank == 0:

@@ -1,6 +1,7 @@
 """The audit: its figures against automatic differentiation, its verdict, and that it changes nothing."""
 
 import copy
+import dataclasses
 import importlib
 import itertools
 import json
@@ -14,6 +15,8 @@ from torch import nn
 import amn_kernels
 from amn_kernels import FusedSeqLoss
 from amn_kernels.audit import DROWNS, audit, calibrate
+
+measuring = importlib.import_module("amn_kernels.audit")  # the package has the function under this name
 
 DIM = 16
 CLIFF = {"mse": 0.5, "infonce": 0.5, "weighting": "fixed"}
@@ -171,6 +174,34 @@ def test_model_criterion_and_random_numbers_are_left_as_they_are():
     assert not any(module.training for module in (*model.modules(), *criterion.modules()))
     # And yet the probe moved: the copy was trained.
     assert report.after_probe.terms["mse"].value != report.start.terms["mse"].value
+
+
+def test_random_numbers_of_a_loader_are_put_back():
+    model, rows = linear(), torch.randn(64, DIM)
+    loader = torch.utils.data.DataLoader(list(zip(rows, rows, strict=True)), batch_size=8, shuffle=True)
+    before = torch.get_rng_state()
+    audit(model, loader, FusedSeqLoss(mse=1.0), probe_steps=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        (-0.012, -0.003, "rose from -0.012 to -0.003"),
+        (-0.05, -0.10, "fell from -0.050 to -0.100"),
+        (-0.0004, 0.0004, "stayed at 0.000"),
+        (0.55, 0.297, "fell from 0.550 to 0.297"),
+    ],
+)
+def test_the_verdict_says_which_way_the_cosine_went(monkeypatch, before, after, says):
+    measure, cosines = measuring._measure, iter((before, after))
+
+    def measured(*arguments):
+        return dataclasses.replace(measure(*arguments), cosine_similarity=next(cosines))
+
+    monkeypatch.setattr(measuring, "_measure", measured)
+    report = audit(linear(), batches(2), FusedSeqLoss(mse=1.0), probe_steps=2)
+    assert f"In 2 steps the cosine between prediction and target {says}." in report.verdict
 
 
 def test_probe_takes_the_steps_of_a_training():

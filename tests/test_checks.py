@@ -7,6 +7,7 @@ import torch
 
 from amn_kernels import FusedSeqLoss, functional
 from amn_kernels.checks import FLOAT_DTYPES
+from amn_kernels.options import LossOptions
 
 ROWS = torch.ones(4, 3)
 GRID = torch.ones(2, 2, 3)
@@ -82,6 +83,12 @@ def test_options(options, error, words):
             call(**options)
         for word in words:
             assert word in str(caught.value)
+
+
+def test_monitored_terms_have_one_order():
+    """That of the terms: the order of a set is another one in every process."""
+    for given in ({"variance", "moment", "cosine"}, ["variance", "cosine", "moment", "cosine"]):
+        assert LossOptions(monitor=given).monitor == ("cosine", "moment", "variance")
 
 
 def test_positives_by_id_need_ids():

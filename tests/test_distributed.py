@@ -1,5 +1,6 @@
 """One batch over several processes equals one process with all rows: ranks.py under torchrun, with gloo."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -74,5 +75,6 @@ def test_one_rank_alone(tmp_path):
                 losses.append((loss.detach(), leaf.grad, criterion.stats.gram, criterion.stats.metrics))
             for got, wanted in zip(*losses, strict=True):
                 torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-13)
+        assert copy.deepcopy(criterion).options.process_group is torch.distributed.group.WORLD
     finally:
         torch.distributed.destroy_process_group()

@@ -237,6 +237,34 @@ def test_casting_the_module_leaves_the_weights_alone(change, dtype):
     assert cast.stats.weight["mse"] == torch.tensor(0.1, dtype=dtype)
 
 
+def ones(gram, values):
+    """A weighting by a function."""
+    return torch.ones_like(values)
+
+
+def test_casting_leaves_the_weights_of_a_function_alone():
+    pred, target = make_rows(33, 7)
+    criterion = FusedSeqLoss(mse=0.1, infonce=1e-8, weighting=ones).half()
+    criterion(pred.requires_grad_(), target)
+    assert criterion.stats.weights.tolist() == pytest.approx([0.1, 1e-8], rel=1e-6)
+
+
+@pytest.mark.parametrize("weighting", ["fixed", "gradient", ones])
+def test_made_without_memory_and_filled_from_a_checkpoint(weighting):
+    """As large models are: what is not in the checkpoint follows from the options."""
+    pred, target = make_rows(33, 7)
+    options = {"mse": 0.1, "infonce": 0.3, "weighting": weighting}
+    wanted = FusedSeqLoss(**options)
+    wanted(pred.clone().requires_grad_(), target)
+    with torch.device("meta"):
+        criterion = FusedSeqLoss(**options)
+    criterion.to_empty(device="cpu").load_state_dict(wanted.state_dict())
+    for name, buffer in criterion.named_buffers():
+        assert name in wanted.state_dict(), "nobody fills it"
+        assert torch.equal(buffer, wanted.state_dict()[name])
+    assert torch.equal(criterion(pred, target), wanted(pred, target))
+
+
 def test_signature_is_that_of_the_options():
     parameters = list(inspect.signature(FusedSeqLoss.__init__).parameters.values())[1:]
     fields = [field for field in dataclasses.fields(LossOptions) if field.init]
@@ -344,6 +372,31 @@ def test_transforms_and_forward_mode_go_to_the_reference():
     with torch.autograd.forward_ad.dual_level():
         dual = loss(torch.autograd.forward_ad.make_dual(pred, tangent))
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, (true * tangent).sum())
+
+
+def test_a_state_cannot_follow_a_vmap():
+    pred, target = make_rows(3, 9, 4, dtype=torch.float64)
+
+    def losses(weighting):
+        return torch.func.vmap(lambda p, t: functional.seq_loss(p, t, infonce=1.0, weighting=weighting)[0])(
+            pred, target
+        )
+
+    wanted = [functional.seq_loss(p, t, infonce=1.0, weighting="fixed")[0] for p, t in zip(pred, target, strict=True)]
+    torch.testing.assert_close(losses("fixed"), torch.stack(wanted))
+    for weighting in ("gradient", "value", ones):
+        with pytest.raises(ValueError, match=r"weighting must be 'fixed' under torch\.func\.vmap, got"):
+            losses(weighting)
+
+
+@pytest.mark.parametrize("weighting", ["gradient", "value"])
+def test_balanced_weights_under_a_transform(weighting):
+    pred, target = make_rows(9, 4, dtype=torch.float64)
+    criterion, twin = (FusedSeqLoss(mse=0.5, infonce=0.5, weighting=weighting) for _ in range(2))
+    leaf = pred.clone().requires_grad_()
+    criterion(leaf, target).backward()
+    torch.testing.assert_close(torch.func.grad(twin)(pred, target), leaf.grad)
+    torch.testing.assert_close(twin.weighting.mean, criterion.weighting.mean)
 
 
 def test_default_dtype_changes_nothing():

@@ -88,7 +88,7 @@ def test_results_share_no_memory(needs, choices, op):
         x.requires_grad_(bool(needs & (1 << i)))
     options = LossOptions(mse=1.0, cosine=1.0, infonce=1.0, moment=1.0, variance=1.0, weighting="gradient")
     state = BalancedWeighting(options)
-    running = (state.mean, state.updates, state.calls, state.skipped, state.lambdas, state.most)
+    running = (state.mean, state.updates, state.calls, state.skipped, *state.constants.on(pred.device))
     weights = (torch.ones(5),) if op == "seq_loss_fixed" else (*running, 0, 0.9, 1, False, True)
     arguments = (pred, target, *weights, mask, ids, extra, temperature)
     results = getattr(torch.ops.amn_kernels, op)(*arguments, [0, 1, 2, 3, 4], [1], *choices)

@@ -164,8 +164,9 @@ def test_balance(weighting):
         given = gram if call % 7 else None
         for twin, step in zip(twins, (balance, reference.balance.balance), strict=True):
             twin.weights = step(
-                values.to("cuda"), given, twin.mean, twin.updates, twin.calls, twin.skipped, twin.lambdas, twin.most,
-                twin.anchor, twin.decay, twin.update_every, weighting == "value", call % 9 != 8,
+                values.to("cuda"), given, twin.mean, twin.updates, twin.calls, twin.skipped,
+                *twin.constants.on(gram.device), twin.anchor, twin.decay, twin.update_every, weighting == "value",
+                call % 9 != 8,
             )  # fmt: skip
         for name in ("weights", "mean"):
             torch.testing.assert_close(getattr(twins[0], name), getattr(twins[1], name), rtol=1e-6, atol=0)

@@ -222,6 +222,23 @@ def test_state_of_other_terms_or_another_weighting_is_refused():
         FusedSeqLoss(mse=1.0, infonce=1.0, weighting="value").load_state_dict(state)
 
 
+def test_a_state_that_is_refused_changes_nothing():
+    foreign, criterion = FusedSeqLoss(mse=1.0, infonce=1.0), FusedSeqLoss(mse=1.0, cosine=1.0)
+    pred, target = make_rows(20, 8)
+    foreign(pred.clone().requires_grad_(), target)
+    with pytest.raises(ValueError, match="mse, infonce"):
+        criterion.load_state_dict(foreign.state_dict())
+    assert criterion.weighting.updates.tolist() == [0, 0]
+    assert criterion.weighting.mean.tolist() == [0.0, 0.0]
+
+
+def test_a_state_is_loaded_whatever_the_default_device_is():
+    first, second = (FusedSeqLoss(mse=0.5, infonce=0.5) for _ in range(2))
+    with torch.device("meta"):
+        second.load_state_dict(first.state_dict())
+        assert first.state_dict()["weighting._extra_state"].device.type == "cpu"
+
+
 def test_half_precision_module_keeps_float32_state():
     weighting = balanced(mse=1.0, infonce=1.0)
     observe(weighting, 1e-12, 1e9)  # both outside the range of float16
@@ -269,11 +286,18 @@ def test_callable_must_return_a_weight_per_term():
         criterion(pred.requires_grad_(), target)
 
 
-@pytest.mark.parametrize("weighting", ["fixed", "value", "gradient"])
+def ones(gram, values):
+    """A weighting by a function."""
+    return torch.ones_like(values)
+
+
+@pytest.mark.parametrize("weighting", ["fixed", "value", "gradient", ones])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_nothing_is_read_on_the_host(weighting, backend):
     pred, target = make_rows(40, 8)
-    criterion = FusedSeqLoss(mse=0.5, cosine=0.1, infonce=0.5, weighting=weighting, backend=backend)
+    criterion = FusedSeqLoss(
+        mse=0.5, cosine=0.1, infonce=0.5, weighting=weighting, backend=backend, monitor=("moment",)
+    )
     with NoHostReads():
         for _ in range(2):
             criterion(pred.clone().requires_grad_(), target).backward()
@@ -322,7 +346,7 @@ def test_op_passes_opcheck(kind, dtype):
     weighting = balanced(kind, mse=1.0, infonce=0.5)
     values = torch.tensor([0.5, 3.0], dtype=dtype)
     arguments = (values, torch.diag(values), weighting.mean, weighting.updates, weighting.calls, weighting.skipped)
-    constants = (weighting.lambdas, weighting.most, 0, 0.9, 1, kind == "value", True)
+    constants = (*weighting.constants.on(values.device), 0, 0.9, 1, kind == "value", True)
     torch.library.opcheck(torch.ops.amn_kernels._balance.default, (*arguments, *constants))
 
 
