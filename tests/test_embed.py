@@ -48,6 +48,12 @@ def test_paragraphs(files):
     assert texts[1] == "word word second line"
 
 
+def test_a_blank_line_may_hold_blanks(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("one\n \t\ntwo\nlines\n\n \n\nthree\n ")
+    assert read_paragraphs((path,))[0] == ["one", "two lines", "three"]
+
+
 def test_file_is_what_training_reads(files, tmp_path):
     out = tmp_path / "vectors.npz"
     embed(EmbedConfig(files, out=out), quiet(), encoder([]))
@@ -83,6 +89,17 @@ def test_other_texts_do_not_take_over_what_was_done(files, tmp_path, monkeypatch
     calls = []
     embed(EmbedConfig(files[1:], out=out), quiet(), encoder(calls))
     assert sum(calls) == 23
+
+
+def test_without_a_device_or_an_encoder_nothing_is_left(files, tmp_path):
+    def missing(config):
+        raise ValueError("no encoder")
+
+    with pytest.raises(ValueError, match="device 'abacus' can't be used"):
+        embed(EmbedConfig(files, out=tmp_path / "vectors.npz", device="abacus"), quiet(), encoder([]))
+    with pytest.raises(ValueError, match="no encoder"):
+        embed(EmbedConfig(files, out=tmp_path / "vectors.npz"), quiet(), missing)
+    assert sorted(tmp_path.iterdir()) == sorted(files)
 
 
 def test_bad_files(tmp_path):

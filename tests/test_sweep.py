@@ -109,9 +109,15 @@ def test_the_picture_has_a_marker_for_each_run_and_a_line_through_the_means(tmp_
         ({"share": "0.1,1.5"}, "share must be numbers between 0 and 1"),
         ({"share": "nan"}, "share must be numbers between 0 and 1"),
         ({"seeds": "0,x"}, "seeds must be numbers with commas"),
+        ({"seeds": "0,-1"}, "seed must be in .*, got -1"),
     ],
 )
 def test_numbers_that_cannot_be_swept(options, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         module.sweep(SweepConfig(out=tmp_path / "sweep", **options), None)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_number_given_twice_is_swept_once():
+    config = SweepConfig(share="0.5,0.1,0.50", seeds="3,0,3")
+    assert (config.shares(), config.seed_numbers()) == ([0.5, 0.1], [3, 0])

@@ -272,11 +272,17 @@ def test_divergence_is_reported_and_leaves_no_checkpoint_of_it(data, tmp_path, m
         ({"warmup": 10}, "warmup needs schedule cosine, got plateau"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
         ({"resume": True, "overwrite": True}, "resume and overwrite contradict"),
+        ({"seed": -1}, r"seed must be in \[0, 2\*\*63\), got -1"),
+        ({"seed": 2**63}, r"seed must be in \[0, 2\*\*63\), got 9223372036854775808"),
     ],
 )
 def test_options_that_cannot_be_trained_with(change, words):
     with pytest.raises(ValueError, match=words):
         TrainConfig(**change)
+
+
+def test_the_largest_seed_can_be_trained_with(data, tmp_path):
+    assert len(train(config_of(data, tmp_path / "run", epochs=1, seed=2**63 - 1), quiet())) == 1
 
 
 def test_every_option_reaches_the_loss_and_the_optimiser(data, tmp_path):

@@ -1,15 +1,28 @@
 """A run's files: written whole or not at all, also when interrupted, and read with what is wrong named."""
 
+import dataclasses
+import itertools
 import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from test_train import RUN_FILES, config_of, data, one_thread, quiet  # noqa: F401  fixtures
+from torch import nn
 
 from amn_kernels.train import runs, trainer
 from amn_kernels.train.checkpoints import newest_checkpoint
-from amn_kernels.train.runs import interrupts_deferred, load_history, load_run, prepare_folder, write_atomically
+from amn_kernels.train.models import MODELS
+from amn_kernels.train.runs import (
+    interrupts_deferred,
+    load_history,
+    load_run,
+    prepare_folder,
+    save_config,
+    write_atomically,
+)
 from amn_kernels.train.trainer import train
 
 
@@ -37,6 +50,72 @@ def test_a_folder_in_use_is_refused_and_overwrite_leaves_nothing_of_the_old_run(
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
     with pytest.raises(FileExistsError, match="is a file"):
         prepare_folder(out / "notes.txt", overwrite=True)
+
+
+class KilledError(BaseException):
+    """In place of kill -9: nothing can catch it."""
+
+
+def test_an_overwriting_that_is_killed_leaves_nothing_to_go_on_from(data, tmp_path, monkeypatch):  # noqa: F811
+    """Before any of what it does to files: the earlier run is whole, or a resumed run is none of it."""
+    old = config_of(data, tmp_path / "old", epochs=2)
+    train(old, quiet())
+    (old.out / "tensorboard").mkdir()
+
+    def dying(operation, moment, operations):
+        def call(*arguments, **options):
+            if next(operations) == moment:
+                raise KilledError
+            return operation(*arguments, **options)
+
+        return call
+
+    for moment in itertools.count():
+        out = tmp_path / f"killed-{moment}"
+        shutil.copytree(old.out, out)
+        operations = itertools.count()
+        with monkeypatch.context() as patch:
+            for owner, name in ((os, "replace"), (shutil, "rmtree"), (Path, "unlink")):
+                patch.setattr(owner, name, dying(getattr(owner, name), moment, operations))
+            try:
+                prepare_folder(out, overwrite=True)
+                break
+            except KilledError:
+                pass
+        if contents(out) == contents(old.out):
+            continue
+        console = quiet()
+        try:
+            train(dataclasses.replace(old, out=out, resume=True), console)
+        except FileExistsError:
+            train(dataclasses.replace(old, out=out, overwrite=True), console)
+        assert "resumed from" not in console.file.getvalue(), moment
+        assert sorted(path.name for path in out.iterdir()) == RUN_FILES
+    assert moment > 5
+    assert not list(out.iterdir())
+
+
+def test_a_run_killed_while_its_first_file_is_written_starts_again(data, tmp_path):  # noqa: F811
+    config = config_of(data, tmp_path / "run", epochs=1, resume=True)
+    child = os.fork()
+    if child == 0:
+        try:
+            runs.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+            prepare_folder(config.out, overwrite=False, resume=True)
+            save_config(config.out, config, dim=8, context=5)
+        finally:
+            os._exit(1)  # never back into the tests
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    (litter,) = config.out.iterdir()
+    assert litter.name.startswith(".config.json.")
+    train(config, quiet())
+    assert sorted(path.name for path in config.out.iterdir()) == RUN_FILES
+    # A run that has checkpoints is rid of it too; what an editor leaves stays.
+    for name in (litter.name, ".last.safetensors.abcd1234", ".config.json.swp"):
+        (config.out / name).write_text("")
+    train(dataclasses.replace(config, epochs=2), quiet())
+    assert sorted(path.name for path in config.out.iterdir()) == [".config.json.swp", *RUN_FILES]
 
 
 def test_bad_data_leaves_an_earlier_run_alone(data, tmp_path):  # noqa: F811
@@ -146,6 +225,29 @@ def test_config_survives_the_round_trip(data, tmp_path):  # noqa: F811
     config = config_of(data, tmp_path / "run", epochs=1, lambda_info=0.25, weighting="value")
     train(config, quiet())
     assert load_run(tmp_path / "run")[0] == config
+
+
+class Tied(nn.Module):
+    """Two layers of the same weights."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.first, self.second = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.second.weight = self.first.weight
+
+    def forward(self, context):
+        """context: [B, T, D] -> [B, D]."""
+        return self.second(self.first(context.mean(dim=1)))
+
+
+def test_tied_weights_are_saved_and_loaded(data, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(MODELS, "tied", Tied)
+    config = config_of(data, tmp_path / "run", epochs=1, model="tied")
+    train(config, quiet())
+    model = load_run(config.out)[-1]
+    assert model.first.weight is model.second.weight
+    train(dataclasses.replace(config, epochs=2, resume=True), quiet())
+    assert len(load_history(config.out)) == 2
 
 
 def test_damaged_runs_name_the_file(data, tmp_path):  # noqa: F811

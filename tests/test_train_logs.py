@@ -3,11 +3,12 @@
 import dataclasses
 import io
 import re
+import sys
 
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_train import config_of, data, one_thread, quiet  # noqa: F401  fixtures
+from test_train import RUN_FILES, config_of, data, one_thread, quiet  # noqa: F401  fixtures
 
 from amn_kernels.train.logs import progress_bar
 from amn_kernels.train.runs import load_history
@@ -50,3 +51,12 @@ def test_tensorboard_has_the_history(data, tmp_path):  # noqa: F811
     train(dataclasses.replace(config, epochs=1, overwrite=True), quiet())
     events = EventAccumulator(str(config.out / "tensorboard")).Reload()
     assert [scalar.step for scalar in events.Scalars("lr")] == [1]
+
+
+def test_without_tensorboards_package_an_earlier_run_stays(data, tmp_path, monkeypatch):  # noqa: F811
+    config = config_of(data, tmp_path / "run", epochs=1)
+    train(config, quiet())
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="tensorboard needs a package"):
+        train(dataclasses.replace(config, overwrite=True, tensorboard=True), quiet())
+    assert sorted(path.name for path in config.out.iterdir()) == RUN_FILES

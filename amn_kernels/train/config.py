@@ -49,6 +49,9 @@ class LossConfig:
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that can't be used; the loss checks its own weights and temperature."""
         self._check_least(batch_size=1, context=1)
+        # What both generators of random numbers take, of torch and of numpy, with room for the processes' numbers.
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
 
     def make_model(self, dim: int) -> nn.Module:
         """A new model of these options for vectors of size `dim`; ValueError for one that does not exist."""
@@ -83,8 +86,8 @@ class TrainConfig(LossConfig):
     lr: float = 5e-4
     """Learning rate of AdamW, at its highest."""
     schedule: Literal["plateau", "cosine"] = "plateau"
-    """plateau: halve the learning rate where the validation cosine stalls for 2 epochs; cosine: down to 0 over all
-    epochs along a half cosine."""
+    """plateau: halve the learning rate after the third epoch in a row without a better validation cosine; cosine: down
+    to 0 over all epochs along a half cosine."""
     warmup: int = 0
     """With schedule cosine: updates over which the learning rate rises from 0."""
     weight_decay: float = 0.01

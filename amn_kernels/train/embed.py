@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from amn_kernels.train.runs import write_atomically
+from amn_kernels.train.trainer import check_device
 
 Encoder = Callable[[list[str]], np.ndarray]
 """Texts to vectors [N, D]."""
@@ -39,18 +41,20 @@ def embed(config: EmbedConfig, console: Console, load_encoder: Callable[[EmbedCo
     """Writes `vectors` [N, D] float32 of unit length and `article` [N], the number of the file.
 
     An interrupted run goes on with the next part when it is started again with the same texts and model.
-    ValueError for a file that can't be read or has no text, or where sentence-transformers is missing.
+    ValueError for a file that can't be read or has no text, for a device that is not there, and where
+    sentence-transformers is missing.
     """
     if not config.files:
         raise ValueError("files must name at least one text file")
+    check_device(config.device)
     texts, article = read_paragraphs(config.files)
     digest = hashlib.sha256(json.dumps([config.model, texts]).encode()).hexdigest()
     parts = config.out.with_name(f"{config.out.name}.{digest[:16]}.parts")
-    parts.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(texts), PART)
     missing = [start for start in starts if not (parts / f"{start:09d}.npy").exists()]
     if missing:
         encode = (load_encoder or _sentence_transformers)(config)
+        parts.mkdir(parents=True, exist_ok=True)
         for start in track(missing, "embedding", console=console, transient=True, disable=not console.is_terminal):
             vectors = np.asarray(encode(texts[start : start + PART]), dtype=np.float32)
             vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
@@ -71,7 +75,7 @@ def read_paragraphs(files: tuple[Path, ...]) -> tuple[list[str], np.ndarray]:  #
     article: list[int] = []
     for number, path in enumerate(files):
         try:
-            blocks = path.read_text(encoding="utf-8").split("\n\n")
+            blocks = re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: can't be read as text ({error})") from error
         paragraphs = [" ".join(block.split()) for block in blocks if block.strip()]

@@ -41,18 +41,25 @@ def progress_bar(console: Console, epochs: int, batches: int) -> Iterator[Callab
         yield show
 
 
-@contextlib.contextmanager
-def tensorboard_log(out: Path, first_epoch: int) -> Iterator[Callable[[dict], None]]:
-    """Yields what writes a history row into `out`/tensorboard; rows from `first_epoch` on that are there are replaced.
-
-    ValueError if the package is missing.
-    """
+def check_tensorboard() -> None:
+    """ValueError if TensorBoard's package is missing."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise ValueError(
             f"tensorboard needs a package: in a checkout, pip install --no-build-isolation '.[tensorboard]' ({error})"
         ) from error
+
+
+@contextlib.contextmanager
+def tensorboard_log(out: Path, first_epoch: int) -> Iterator[Callable[[dict], None]]:
+    """Yields what writes a history row into `out`/tensorboard; rows that are there from `first_epoch` on are replaced.
+
+    Needs TensorBoard's package, see `check_tensorboard`.
+    """
+    # Here rather than at the top: TensorBoard's package is an extra.
+    from torch.utils.tensorboard import SummaryWriter
+
     with SummaryWriter(out / TENSORBOARD, purge_step=first_epoch) as writer:
 
         def write(row: dict) -> None:

@@ -24,7 +24,7 @@ from amn_kernels.train.config import TrainConfig
 from amn_kernels.train.logs import TENSORBOARD
 
 CONFIG, HISTORY, BEST, LAST = "config.json", "history.jsonl", "best.safetensors", "last.safetensors"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, GONE = "checkpoints", ".checkpoints.gone"
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -68,19 +68,39 @@ def interrupts_deferred() -> Iterator[list]:
 def prepare_folder(out: Path, overwrite: bool, resume: bool = False) -> None:
     """Makes the folder. FileExistsError if it isn't empty and `overwrite` is off; else an earlier run's files go.
 
-    resume: a run in it that was killed before its first checkpoint goes too, as it has nothing to go on from.
+    resume: a run in it that was killed before its first checkpoint goes too, as it has nothing to go on from. Killed at
+    any moment, this leaves nothing that `resume` would go on from.
     """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file, --out needs a folder")
-    started = resume and (out / CONFIG).is_file() and (not (out / HISTORY).is_file() or len(load_history(out)) < 2)
-    if out.is_dir() and any(out.iterdir()) and not (overwrite or started):
-        raise FileExistsError(f"{out} isn't empty: choose another --out, or --overwrite to replace the run in it")
     out.mkdir(parents=True, exist_ok=True)
-    # An old checkpoint beside a new config would pass for the new run's.
-    for name in (CONFIG, HISTORY, BEST, LAST):
+    started = resume and (out / CONFIG).is_file() and (not (out / HISTORY).is_file() or len(load_history(out)) < 2)
+    if set(out.iterdir()) > set(_litter(out)) and not (overwrite or started):
+        raise FileExistsError(f"{out} isn't empty: choose another --out, or --overwrite to replace the run in it")
+    remove_litter(out)
+    # First and at once, out of sight: an old checkpoint beside a new config would pass for the new run's.
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(out / CHECKPOINTS, out / GONE)
+    shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
+    # The configuration last: while it is there, `resume` knows a run without checkpoints for one to start again.
+    for name in (HISTORY, BEST, LAST, CONFIG):
         (out / name).unlink(missing_ok=True)
-    for name in (CHECKPOINTS, TENSORBOARD):
-        shutil.rmtree(out / name, ignore_errors=True)
+    remove_litter(out)
+
+
+def remove_litter(out: Path) -> None:
+    """Removes what a killed process left in a run's folder: unfinished writes, and checkpoints on their way out."""
+    for path in _litter(out):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _litter(out: Path) -> list[Path]:
+    # After the dot are the 8 random characters of mkstemp; an editor's files have fewer.
+    writes = (f".{name}.{'?' * 8}" for name in (CONFIG, HISTORY, BEST, LAST))
+    return [path for pattern in (GONE, *writes) for path in out.glob(pattern)]
 
 
 def save_config(out: Path, config: TrainConfig, dim: int, context: int) -> None:
@@ -94,7 +114,8 @@ def save_config(out: Path, config: TrainConfig, dim: int, context: int) -> None:
 
 def save_epoch(out: Path, model: nn.Module, probe: Tensor, history: list[dict], is_best: bool) -> None:
     """Writes the weights with a probe on the contexts [B, T, D], and the history, one JSON object a line and epoch."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    # Copies, because safetensors takes no tensors that share memory, as tied weights do.
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     content = save(weights | probe_tensors(model, probe))
     write_atomically(out / LAST, content)
     if is_best:

@@ -73,8 +73,10 @@ def sweep(config: SweepConfig, console: Console) -> list[Point]:
 
     Each run has the demo's settings. Raises ValueError for bad options or data, FileExistsError for a folder in use.
     """
-    shares, seeds = config.shares(), config.seed_numbers()
+    shares = config.shares()
     settings = dataclasses.replace(SETTINGS, epochs=config.epochs, data=config.data)
+    # All of them before the first training, so that none stops the sweep in the middle.
+    seeded = [dataclasses.replace(settings, seed=seed) for seed in config.seed_numbers()]
     windows = load_windows(settings.data, settings.context)
     split = split_windows(windows)
     task = RetrievalTask(windows, split.validation)
@@ -82,18 +84,18 @@ def sweep(config: SweepConfig, console: Console) -> list[Point]:
     untrained = fit_baselines(windows, split.train).predictors()
     baselines = {name: task.evaluate(predictor) for name, predictor in untrained.items()}
     points = []
-    runs = [(seed, weighting, share) for seed in seeds for weighting, share in _grid(shares)]
-    for number, (seed, weighting, share) in enumerate(runs, start=1):
-        run = run_config(dataclasses.replace(settings, seed=seed), weighting, share)
-        out = config.out / f"seed-{seed}" / f"{weighting.lower().replace(' ', '-')}-{share:g}"
+    runs = [(of_seed, weighting, share) for of_seed in seeded for weighting, share in _grid(shares)]
+    for number, (of_seed, weighting, share) in enumerate(runs, start=1):
+        run = run_config(of_seed, weighting, share)
+        out = config.out / f"seed-{run.seed}" / f"{weighting.lower().replace(' ', '-')}-{share:g}"
         with warnings.catch_warnings():
             # Fixed weights are here to show just that.
             warnings.simplefilter("ignore", DominanceWarning)
             train(dataclasses.replace(run, out=out, overwrite=config.overwrite), Console(quiet=True))
         metrics = task.evaluate(load_run(out)[-1])
-        points.append(Point(weighting, share, seed, run.lambda_mse, run.lambda_info, metrics))
+        points.append(Point(weighting, share, run.seed, run.lambda_mse, run.lambda_info, metrics))
         console.print(
-            f"{number}/{len(runs)}  {weighting:<10} share {share:<5g} seed {seed}  "
+            f"{number}/{len(runs)}  {weighting:<10} share {share:<5g} seed {run.seed}  "
             f"cosine {metrics['cosine']:.3f}  hit@10 {metrics['hit@10']:.3f}"
         )
         save_points(config.out / RESULTS, points, baselines)
@@ -161,7 +163,8 @@ def _grid(shares: list[float]) -> list[tuple[str, float]]:
 
 
 def _numbers(option: str, text: str, kind: type) -> list:
+    """Each number once, in the order of the first: a second run of it would find its folder in use."""
     try:
-        return [kind(part) for part in text.split(",")]
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
     except ValueError:
         raise ValueError(f"{option} must be numbers with commas between them, got {text!r}") from None

@@ -13,10 +13,17 @@ from torch import nn
 from amn_kernels.data import Split, load_windows, split_windows
 from amn_kernels.train.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from amn_kernels.train.config import TrainConfig
-from amn_kernels.train.logs import epoch_line, progress_bar, tensorboard_log
+from amn_kernels.train.logs import check_tensorboard, epoch_line, progress_bar, tensorboard_log
 from amn_kernels.train.metrics import mean_cosine
 from amn_kernels.train.ranks import Ranks, connected_ranks
-from amn_kernels.train.runs import CHECKPOINTS, interrupts_deferred, prepare_folder, save_config, save_epoch
+from amn_kernels.train.runs import (
+    CHECKPOINTS,
+    interrupts_deferred,
+    prepare_folder,
+    remove_litter,
+    save_config,
+    save_epoch,
+)
 from amn_kernels.train.training import Progress, Training, make_batches, make_training
 
 # Reading the loss's statistics waits for the device; on a CPU it costs nothing.
@@ -31,8 +38,8 @@ def train(config: TrainConfig, console: Console) -> list[dict]:
     training subset of the validation's size and on the validation windows), `is_best`, `seconds`, and the epoch's means
     of the loss's statistics (`loss_mse`, `weight_mse`, `share_mse`, `gradient_cosine_mse_infonce`, ...). The validation
     cosine chooses the best epoch, lowers the learning rate and stops early. With `config.resume` a training goes on
-    from its last checkpoint, on a CPU bit for bit as if it had not stopped. Under torchrun every process trains on its
-    part of each batch, and the loss is that of the whole batch.
+    from its last checkpoint, on a CPU and in one process or two bit for bit as if it had not stopped. Under torchrun
+    every process trains on its part of each batch, and the loss is that of the whole batch.
 
     Ctrl-C ends it after the update at hand with a checkpoint and raises KeyboardInterrupt. Raises ValueError for bad
     data or options, FileExistsError for a folder in use, and FloatingPointError when training diverges.
@@ -40,6 +47,9 @@ def train(config: TrainConfig, console: Console) -> list[dict]:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = check_device(config.device)
+    # Before an earlier run makes room for this one.
+    if config.tensorboard:
+        check_tensorboard()
     with connected_ranks(device) as ranks:
         if ranks.size > config.batch_size:
             raise ValueError(f"batch_size must be at least the number of processes, {ranks.size}")
@@ -69,6 +79,7 @@ def _train(config: TrainConfig, console: Console, device: torch.device, ranks: R
     elif ranks.rank == 0:
         prepare_folder(config.out, config.overwrite, config.resume)
     if ranks.rank == 0:
+        remove_litter(config.out)
         save_config(config.out, config, windows.dim, windows.context)
     console.print(
         f"{config.model} on {windows.name}: {len(split.train):,} training, {len(split.validation):,} validation and "
