@@ -125,7 +125,16 @@ def test_evaluate_refuses_windows_of_another_size(user_file, tmp_path, capsys):
     np.savez(wide, vectors=np.ones((60, 9), np.float32), article=np.repeat(np.arange(10), 6))
     for option in ("--data", "--ood"):
         message = failing(["evaluate", str(out), option, str(wide)], capsys)
-        assert f"{wide}: windows of 4 vectors of size 9, but the run was trained on 4 of size 8" in message
+        assert f"{wide}: windows of 4 vectors of size 9, but the model is trained on 4 of size 8" in message
+
+
+def test_a_run_whose_contexts_are_longer_than_the_bundled_pages_is_evaluated(tmp_path, capsys):
+    vectors = np.random.default_rng(0).standard_normal((1200, 8)).astype(np.float32)
+    np.savez(tmp_path / "long.npz", vectors=vectors, article=np.repeat(np.arange(12), 100))
+    options = ["--data", str(tmp_path / "long.npz"), "--context", "90", "--epochs", "1", "--out", str(tmp_path / "run")]
+    assert cli.main(["train", *options]) == 0
+    assert cli.main(["evaluate", str(tmp_path / "run")]) == 0
+    assert "out of distribution" not in capsys.readouterr().out
 
 
 def test_interrupt_exits_130_without_a_traceback(user_file, tmp_path, capsys, monkeypatch):

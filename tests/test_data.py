@@ -65,6 +65,31 @@ def test_packing_keeps_directions(tmp_path):
     np.testing.assert_array_equal(unpacked_article, article)
 
 
+def test_packing_keeps_article_numbers_of_64_bits(tmp_path):
+    article = np.repeat(np.arange(20) << 32, 12)
+    pack_vectors(save(tmp_path / "plain.npz", vectors=make_vectors(240), article=article), tmp_path / "packed.npz")
+    np.testing.assert_array_equal(load_packed(tmp_path / "packed.npz")[1], article)
+
+
+def test_a_fingerprint_is_of_the_data_whatever_file_they_are_in(tmp_path):
+    vectors, article = make_vectors(200), np.repeat(np.arange(20), 10)
+
+    def fingerprint(name, vectors=vectors, article=article, context=5):
+        return load_windows(save(tmp_path / name, vectors=vectors, article=article), context).fingerprint
+
+    own = fingerprint("own.npz")
+    assert fingerprint("again.npz") == fingerprint("wide.npz", vectors=vectors.astype(np.float64)) == own
+    others = {
+        own,
+        fingerprint("other.npz", vectors=make_vectors(200, seed=1)),
+        fingerprint("shorter.npz", vectors=vectors[:190], article=article[:190]),
+        # The same windows, in other parts of the split.
+        fingerprint("renumbered.npz", article=19 - article),
+        fingerprint("context.npz", context=4),
+    }
+    assert len(others) == 5
+
+
 @pytest.mark.parametrize("context", [1, 5])
 def test_windows_are_consecutive_rows_of_one_article(context):
     # The vector of row i is (i, 1), so that a batch shows where it came from.

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from amn_kernels.data import IndexedWindows, StoredWindows, load_windows, split_windows
+from amn_kernels.data import IndexedWindows, StoredWindows, load_bundled, load_windows, split_windows
 from amn_kernels.train import metrics
 from amn_kernels.train.baselines import LAST, MEAN, MIX, TRAIN_MEAN, fit_baselines, mean_of_context
-from amn_kernels.train.evaluate import EvaluationSet, compare, print_evaluations, save_evaluations
+from amn_kernels.train.evaluate import EvaluationSet, compare, load_ood, print_evaluations, save_evaluations
 from amn_kernels.train.metrics import RetrievalTask, mean_cosine, ranks, vector_ids
 
 
@@ -154,6 +154,14 @@ def test_untrained_figures_on_the_bundled_vectors():
         assert all(values["excluded_hit@10"] >= values["hit@10"] for values in metrics_of_set.values())
     # The verses' mean says nothing about the documentation.
     assert outside.metrics[TRAIN_MEAN]["cosine"] < 0.1
+
+
+def test_the_bundled_documentation_is_used_where_it_fits():
+    longest = int(np.unique(load_bundled("techdocs")[1], return_counts=True)[1].max())
+    for context in (5, longest - 1):
+        assert load_ood(None, 384, context).context == context
+    for dim, context in ((8, 5), (384, longest), (8, longest)):
+        assert load_ood(None, dim, context) is None
 
 
 def test_margin_is_measured_from_the_last_context_vector():

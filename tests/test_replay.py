@@ -1,6 +1,8 @@
 """The replay: what it trains and keeps, the wrong class for the right weights, and what its table says."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +10,15 @@ import pytest
 import torch
 
 from amn_kernels import cli
+from amn_kernels.data import load_windows
 from amn_kernels.train import replay as module
 from amn_kernels.train.comparison import WRONG_LOADER, find_goals, markdown_table, summarise
 from amn_kernels.train.demo import FIXED, GRADIENT, MSE_ONLY
+from amn_kernels.train.metrics import mean_cosine
 from amn_kernels.train.models import AMN
 from amn_kernels.train.replay import PLANS, REPLAYED, AMNTwin, ReplayConfig
-from amn_kernels.train.runs import load_history
+from amn_kernels.train.report import common_options
+from amn_kernels.train.runs import load_history, load_run
 
 RUNS = [run.name for run in REPLAYED]
 
@@ -83,6 +88,60 @@ def test_an_interrupted_replay_goes_on_where_it_stopped(options, tmp_path, monke
     capsys.readouterr()
 
 
+def test_figures_are_of_the_windows_that_are_named(options, tmp_path, monkeypatch):
+    """Other windows out of distribution are measured, other data trained on, whatever the name of their file."""
+    out, trained, train = tmp_path / "replay", [], module.train
+    monkeypatch.setattr(module, "train", lambda config, console: (trained.append(config.out), train(config, console)))
+    options += ["--seeds", "0"]
+
+    def results(*more):
+        trained.clear()
+        assert cli.main([*options, *more]) == 0
+        return json.loads((out / "results.json").read_text())
+
+    first = results()
+    assert len(trained) == len(REPLAYED)
+    third = write_vectors(tmp_path / "third.npz", 2)
+    second = results("--ood", third)
+    assert trained == []
+    assert second["data"]["outside"]["name"] == third
+    windows = load_windows(third)
+    for before, after in zip(first["runs"], second["runs"], strict=True):
+        assert after["inside"] == before["inside"]
+        if after["run"] != WRONG_LOADER:
+            folder = next(run.folder for run in REPLAYED if run.name == after["run"])
+            model = load_run(out / "amn" / folder / "seed-0")[-1]
+            cosine = mean_cosine(model, windows, np.arange(len(windows)))
+            assert after["outside"]["metrics"]["cosine"] == pytest.approx(cosine, abs=1e-6)
+    # The bundled documentation does not fit, so there is no second set.
+    place = options.index("--ood")
+    del options[place : place + 2]
+    assert all("outside" not in run for run in results()["runs"])
+    assert trained == []
+    # Of a run that is gone nothing can be measured, and figures without a fingerprint may be of anything.
+    shutil.rmtree(out / "amn" / "mse")
+    path = out / "results" / "amn-fixed-seed-0.json"
+    path.write_text(path.read_text().replace('"fingerprint"', '"something"'))
+    results("--ood", third)
+    assert [folder.parent.name for folder in trained] == ["mse", "fixed"]
+    write_vectors(tmp_path / "user.npz", 5)
+    results("--ood", third)
+    assert len(trained) == len(REPLAYED)
+
+
+def test_a_run_trained_anew_has_figures_of_its_own(options, tmp_path, monkeypatch):
+    """A training that took the place of the one whose figures are there must not be measured for it."""
+    options += ["--seeds", "0"]
+    assert cli.main(options) == 0
+    kept = {path: path.read_text() for path in (tmp_path / "replay" / "results").iterdir()}
+    assert cli.main([*options, "--epochs", "2"]) == 0
+    for path, text in kept.items():
+        path.write_text(text)
+    monkeypatch.setattr(module, "train", lambda *_: pytest.fail("trained again"))
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        cli.main([*options, "--ood", write_vectors(tmp_path / "third.npz", 2)])
+
+
 def test_damaged_figures_are_named(options, tmp_path, capsys):
     (tmp_path / "replay" / "results").mkdir(parents=True)
     path = tmp_path / "replay" / "results" / "amn-mse-seed-0.json"
@@ -114,12 +173,27 @@ def test_the_twin_takes_amns_weights_and_is_another_function():
         ({"model": "amn,rnn"}, r"model must be all or names from amn, .*, got rnn"),
         ({"seeds": "0,x"}, r"seeds must be numbers with commas between them, got '0,x'"),
         ({"epochs": 0}, r"epochs must be at least 1, got 0"),
+        ({"seeds": str(2**63)}, r"seed must be in .*, got 9223372036854775808"),
     ],
 )
 def test_options_that_cannot_be_replayed(options, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         module.replay(ReplayConfig(out=tmp_path / "replay", **options), None)
     assert not (tmp_path / "replay").exists()
+
+
+def test_windows_out_of_distribution_must_be_as_long_as_those_of_the_training(options, tmp_path, capsys):
+    vectors = np.random.default_rng(0).standard_normal((40, 4, 8)).astype(np.float32)
+    np.savez(tmp_path / "short.npz", contexts=vectors, targets=vectors[:, 0])
+    assert cli.main([*options, "--ood", str(tmp_path / "short.npz")]) == 2
+    assert "windows of 4 vectors of size 8, but the model is trained on 5 of size 8" in capsys.readouterr().err
+    assert not (tmp_path / "replay").exists()
+
+
+def test_a_model_or_seed_given_twice_is_trained_once(tmp_path):
+    config = ReplayConfig(model="amn,lstm,amn", seeds="0,3,0", out=tmp_path)
+    assert config.models() == ["amn", "lstm"]
+    assert config.plan("amn").seeds == (0, 3)
 
 
 def test_every_model_has_the_runs_and_the_others_once_more_on_the_mean(tmp_path):
@@ -147,6 +221,7 @@ def figures(cosine: float, hit: float, skill: tuple[float, float], verdict: str 
 def results_of(cells: dict[tuple[str, str], list[dict]], outside: dict[tuple[str, str], dict] | None = None) -> dict:
     """Results with the given figures by (model, run), one for each seed."""
     options = {"weighting": "w", "lambda_mse": 0.5, "lambda_info": 0.5, "epochs": 8, "lr": 1e-3, "batch_size": 256}
+    options |= {"schedule": "plateau", "warmup": 0}
     runs = [
         {
             "model": model,
@@ -176,6 +251,7 @@ def test_rows_are_means_over_seeds_beside_mse_only():
     alone, fixed, gradient = summarise(results)
     assert alone.inside.metrics["cosine"] == pytest.approx(0.57)
     assert alone.inside.seeds == (0.56, 0.58)
+    assert alone.configuration == "w, λ 0.5/0.5, 8 epochs, lr 0.001, plateau, batch 256, seeds 0, 1"
     assert (fixed.kept, fixed.gained) == (pytest.approx(0.285 / 0.57), pytest.approx(0.22 / 0.16))
     assert fixed.analysis.startswith("Off the cliff: InfoNCE is 75.0% of the update; keeps 50.0% of the cosine")
     assert gradient.analysis.startswith(
@@ -244,7 +320,13 @@ def test_markdown_table_has_what_is_kept_and_gained():
 def test_the_committed_replay_is_shown():
     folder = Path(__file__).parents[1]
     results = json.loads((folder / "docs/replay/results.json").read_text())
-    table = markdown_table(summarise(results), results["untrained"])
+    rows = summarise(results)
+    page = (folder / "docs/replay/report.html").read_text()
+    for row in rows:
+        assert f"<td><small>{row.configuration}</small></td>" in page
+    common = re.findall(r"<dt>(\w+)</dt>", page[page.index("Options common to all runs") :])
+    assert common == list(common_options(results["runs"]))
+    table = markdown_table(rows, results["untrained"])
     assert f"<!-- replay -->\n{table}<!-- /replay -->" in (folder / "docs/replay.md").read_text()
     # What the README says of each seed of AMN.
     readme = (folder / "README.md").read_text()

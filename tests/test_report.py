@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from amn_kernels.train import report as module
 from amn_kernels.train.comparison import WRONG_LOADER, summarise
 from amn_kernels.train.demo import FIXED, GRADIENT, MSE_ONLY
-from amn_kernels.train.report import curve_charts, render
+from amn_kernels.train.report import common_options, curve_charts, render
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 SPREAD = {"pairwise_cosine": 0.5, "effective_rank": 40.0, "std": 0.7}
@@ -53,6 +53,7 @@ def run(name: str, seed: int, history: list[dict], cosine: float = 0.5) -> dict:
         "options": {
             **{"model": "amn", "seed": seed, "epochs": 2, "weighting": "gradient", "lambda_mse": 0.5, "lr": 1e-3},
             **{"lambda_info": 0.5, "batch_size": 256, "temperature": 0.07, "data": None},
+            **{"schedule": "plateau", "warmup": 0},
         },
         "parameters": 1_000,
         "history": history,
@@ -146,6 +147,18 @@ def test_all_that_was_found_is_on_the_page(html, results):
     assert "&lt;b&gt;verses&lt;/b&gt; &amp; more" in html
     assert "<b>verses" not in html
     assert FIXED not in {row.run for row in summarise(results)}
+
+
+def test_an_option_is_common_where_all_runs_have_it(results):
+    everywhere = common_options(results["runs"])
+    assert everywhere == {name: value for name, value in results["runs"][0]["options"].items() if name != "seed"}
+    results["runs"][1]["options"] |= {"schedule": "cosine", "warmup": 20}
+    del results["runs"][2]["options"]["temperature"]
+    assert common_options(results["runs"]).keys() == everywhere.keys() - {"schedule", "warmup", "temperature"}
+    html = render(results, summarise(results))
+    assert "<dt>batch_size</dt><dd>256</dd>" in html
+    assert "<dt>schedule</dt>" not in html
+    assert "lr 0.001, cosine after 20 updates of warm-up, batch 256" in html
 
 
 def test_it_is_made_for_phones_too(html):

@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import config_of, data, one_thread, quiet  # noqa: F401  fixtures
+from test_train import RUN_FILES, config_of, data, one_thread, quiet  # noqa: F401  fixtures
 
 from amn_kernels.train import trainer
+from amn_kernels.train.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from amn_kernels.train.models import MODELS, Predictor
 from amn_kernels.train.replay import AMNTwin
 from amn_kernels.train.runs import load_history
@@ -108,6 +109,31 @@ def test_another_architecture_of_the_same_shapes_is_refused(data, tmp_path, monk
         train(dataclasses.replace(config, epochs=2, resume=True), quiet())
 
 
+def test_other_data_under_the_same_name_are_refused(data, tmp_path):  # noqa: F811
+    path = tmp_path / "data.npz"
+    shutil.copy(data, path)
+    config = config_of(path, tmp_path / "run", epochs=1)
+    train(config, quiet())
+    longer = dataclasses.replace(config, epochs=2, resume=True)
+    with np.load(data) as arrays:
+        vectors, article = arrays["vectors"], arrays["article"]
+    for count, other in ((266, vectors[:-24]), (280, vectors[::-1])):
+        path.unlink()
+        np.savez(path, vectors=other, article=article[: len(other)])
+        words = rf"started with other data: .*data\.npz had 280 windows, now it has {count}, and not the same"
+        with pytest.raises(ValueError, match=words):
+            train(longer, quiet())
+    shutil.copy(data, path)
+    train(longer, quiet())
+    checkpoint = newest_checkpoint(config.out / "checkpoints")
+    state = load_checkpoint(checkpoint)
+    del state["data"]
+    shutil.rmtree(checkpoint)
+    save_checkpoint(checkpoint.parent, state["progress"]["step"], state, keep=1)
+    with pytest.raises(ValueError, match="can't be resumed: it does not say which data it is of"):
+        train(dataclasses.replace(longer, epochs=3), quiet())
+
+
 @pytest.mark.parametrize("moment", ["in the first epoch", "between the first epoch's files and its checkpoint"])
 def test_a_run_killed_before_its_first_checkpoint_starts_again(data, tmp_path, monkeypatch, moment):  # noqa: F811
     whole = config_of(data, tmp_path / "whole", epochs=2)
@@ -166,6 +192,7 @@ def test_kills_at_50_random_moments_do_not_change_the_course(data, tmp_path):  #
     assert 1 < len(load_history(broken.out)) < 14
     train(broken, quiet())
     same_course(whole.out, broken.out)
+    assert sorted(path.name for path in broken.out.iterdir()) == RUN_FILES  # nothing of writes that were cut short
 
 
 def test_resume_without_a_run_starts_one(data, tmp_path):  # noqa: F811
@@ -192,21 +219,35 @@ def test_kill_9_and_resume_on_the_command_line(data, tmp_path):  # noqa: F811
     same_course(tmp_path / "whole", tmp_path / "broken")
 
 
-@pytest.mark.parametrize("ranks", [2])
-def test_two_processes_train_like_one(data, tmp_path, ranks):  # noqa: F811
-    """Under torchrun every batch is shared out, and the loss is that of the whole batch."""
+def train_on(ranks, data, out, *more):  # noqa: F811
+    """Two epochs of the trainer, under torchrun where there are several ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     common = ["--data", data, "--batch-size", "16", "--epochs", "2", "--threads", "1", "--lambda-info", "0.5"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    runs = {
-        "one": [sys.executable, "-m", "amn_kernels.train"],
-        "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m",
-                "amn_kernels.train"],
-    }  # fmt: skip
-    for name, command in runs.items():
-        subprocess.run([*command, *common, "--out", tmp_path / name], env=environment, check=True, timeout=300)
-    histories = [load_history(tmp_path / name) for name in runs]
+    command = [sys.executable, *torchrun, "-m", "amn_kernels.train", *common, "--out", out, *more]
+    subprocess.run(command, env=environment, check=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def on_two(data, tmp_path_factory):  # noqa: F811
+    """Folder of a run on two processes, with all its checkpoints."""
+    out = tmp_path_factory.mktemp("runs") / "two"
+    train_on(2, data, out, "--checkpoint-every", "5", "--keep", "100")
+    return out
+
+
+def test_two_processes_train_like_one(data, on_two, tmp_path):  # noqa: F811
+    """Under torchrun every batch is shared out, and the loss is that of the whole batch."""
+    train_on(1, data, tmp_path / "one")
+    histories = [load_history(out) for out in (tmp_path / "one", on_two)]
     for row, other in zip(*histories, strict=True):
         # The same sums in another order, over 28 updates of AdamW.
         assert row["validation_cosine"] == pytest.approx(other["validation_cosine"], abs=1e-4)
         assert row["loss_infonce"] == pytest.approx(other["loss_infonce"], rel=1e-4)
-    assert not list(Path(tmp_path / "two").glob("*.tmp"))
+
+
+def test_two_processes_go_on_bit_for_bit(data, on_two, tmp_path):  # noqa: F811
+    # What a kill after update 5 leaves, of 14 in an epoch.
+    shutil.copytree(on_two / "checkpoints" / "step-000000005", tmp_path / "broken" / "checkpoints" / "step-000000005")
+    train_on(2, data, tmp_path / "broken", "--resume")
+    same_course(on_two, tmp_path / "broken")

@@ -1,7 +1,9 @@
 """Windows of context vectors and the vector that follows, and their split into training, validation and test."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ TRAIN_SHARE, VALIDATION_SHARE = 0.8, 0.1
 MIN_ARTICLES = 10
 CONTEXT_KEYS = ("context_sequences", "contexts")
 TARGET_KEYS = ("target_vectors", "targets")
+FINGERPRINT_WINDOWS = 64
 
 
 class Windows(ABC):
@@ -37,6 +40,20 @@ class Windows(ABC):
     @abstractmethod
     def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Contexts [B, T, D] and targets [B, D], float32 on the CPU, of the windows numbered by rows [B]."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 by which a later run knows these data: of W, T, D, all article numbers and 64 windows over all of W.
+
+        A sample, because files may be larger than memory: a change of a few vectors between those can go unnoticed.
+        """
+        digest = hashlib.sha256(f"{len(self)} {self.context} {self.dim}".encode())
+        # Converted, never computed with (the bundled vectors' squared norms are exact), so any machine finds the same.
+        for part in self.batch(np.unique(np.linspace(0, len(self) - 1, FINGERPRINT_WINDOWS).astype(np.int64))):
+            digest.update(part.numpy().tobytes())
+        if self.article is not None:
+            digest.update(self.article.tobytes())
+        return digest.hexdigest()
 
 
 class IndexedWindows(Windows):

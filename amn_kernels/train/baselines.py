@@ -12,7 +12,7 @@ from amn_kernels.data import Windows
 from amn_kernels.train.collapse import TrainSubspace
 
 # Maps contexts [B, T, D] to predictions [B, D]; a model in eval mode is one too.
-Predictor = Callable[[Tensor], Tensor]
+PredictFunction = Callable[[Tensor], Tensor]
 
 MEAN, LAST, TRAIN_MEAN, MIX = "mean of context", "copy last", "training mean", "mean-last mix"
 FIT_ROWS = 4096
@@ -38,7 +38,7 @@ class Baselines:
     mean_coefficient: float
     last_coefficient: float
 
-    def predictors(self) -> dict[str, Predictor]:
+    def predictors(self) -> dict[str, PredictFunction]:
         """Name -> predictor, in the order of the tables."""
         return {
             MEAN: mean_of_context,

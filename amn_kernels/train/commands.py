@@ -72,7 +72,7 @@ def evaluate(
         run: Folder of the run.
         data: Another NPZ file than the run was trained on.
         split: The part of the data to evaluate on.
-        ood: NPZ file for the out-of-distribution figures; default: the bundled documentation, if its D is the run's.
+        ood: NPZ file for the out-of-distribution figures; default: the bundled documentation, if it fits D and T.
         json: Also write the figures to this file.
     """
     if json is not None:

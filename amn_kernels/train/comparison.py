@@ -196,9 +196,10 @@ def _configuration(runs: list[dict]) -> str:
     if runs[0]["run"] == WRONG_LOADER:
         return f"weights of {MSE_ONLY}, {_seeds(runs)}"
     epochs = "1 epoch" if options["epochs"] == 1 else f"{options['epochs']} epochs"
+    schedule = options["schedule"] + (f" after {options['warmup']} updates of warm-up" if options["warmup"] else "")
     return (
         f"{options['weighting']}, λ {options['lambda_mse']:g}/{options['lambda_info']:g}, {epochs}, "
-        f"lr {options['lr']:g}, batch {options['batch_size']}, {_seeds(runs)}"
+        f"lr {options['lr']:g}, {schedule}, batch {options['batch_size']}, {_seeds(runs)}"
     )
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from amn_kernels import FusedSeqLoss
 from amn_kernels.audit import DROWNS
 from amn_kernels.data import Windows, load_windows, split_windows
-from amn_kernels.train.baselines import MEAN, Predictor
+from amn_kernels.train.baselines import MEAN, PredictFunction
 from amn_kernels.train.config import TrainConfig
 from amn_kernels.train.evaluate import Evaluation, compare, metrics_table
 from amn_kernels.train.runs import load_history, load_run, prepare_folder
@@ -88,7 +88,7 @@ def demo(config: DemoConfig, console: Console) -> str:
     return text
 
 
-def probe_ratio(model: Predictor, windows: Windows, rows: np.ndarray) -> Ratio:
+def probe_ratio(model: PredictFunction, windows: Windows, rows: np.ndarray) -> Ratio:
     """Measures the ratios over a few shuffled batches of the windows `rows`, at a model in eval mode."""
     criterion = FusedSeqLoss(mse=1.0, infonce=1.0, weighting="fixed", temperature=SETTINGS.temperature)
     names = ("mse", "infonce")

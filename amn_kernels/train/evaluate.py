@@ -13,8 +13,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from amn_kernels.data import Windows, load_windows, split_windows
-from amn_kernels.train.baselines import LAST, MEAN, TRAIN_MEAN, Baselines, Predictor, fit_baselines
+from amn_kernels.data import Windows, load_bundled, load_windows, split_windows
+from amn_kernels.train.baselines import LAST, MEAN, TRAIN_MEAN, Baselines, PredictFunction, fit_baselines
 from amn_kernels.train.bootstrap import Bootstrap, cluster_numbers
 from amn_kernels.train.collapse import HINTS, CollapseCheck, CollapsePanel
 from amn_kernels.train.metrics import HITS, RetrievalTask
@@ -56,16 +56,28 @@ def evaluate_run(
 ) -> tuple[Baselines, list[Evaluation]]:
     """Evaluates a run's best model as `compare` does, on the data it was trained on or another file.
 
-    ood: a file in place of the bundled documentation, which is used if its D is the run's. Raises FileNotFoundError and
-    ValueError for runs and files that can't be used, and for a D or T other than the run's.
+    ood: as in `load_ood`. Raises FileNotFoundError and ValueError for runs and files that can't be used, and for a D or
+    T other than the run's.
     """
     config, dim, context, model = load_run(run)
     windows = load_windows(data or config.data, context)
     _check_fit(windows, dim, context)
-    others = load_windows(ood, context, bundled="techdocs")
-    if ood is not None:
-        _check_fit(others, dim, context)
-    return compare({run.resolve().name: model}, windows, split, others if others.dim == dim else None)
+    return compare({run.resolve().name: model}, windows, split, load_ood(ood, dim, context))
+
+
+def load_ood(path: Path | None, dim: int, context: int) -> Windows | None:
+    """Windows for the out-of-distribution figures of a model that is trained with T = `context` and D = `dim`.
+
+    Those of a file, with ValueError if they are of another T or D; without one the bundled documentation, or None where
+    that can't serve: it has another D, or no page of T + 1 vectors.
+    """
+    if path is None:
+        vectors, article = load_bundled("techdocs")
+        if vectors.shape[1] != dim or np.unique(article, return_counts=True)[1].max() <= context:
+            return None
+    windows = load_windows(path, context, bundled="techdocs")
+    _check_fit(windows, dim, context)
+    return windows
 
 
 class Figures(NamedTuple):
@@ -99,7 +111,7 @@ class EvaluationSet:
         self._resampled_cosines = self.bootstrap.means(cosines)
         self.untrained = {name: self.measure(predictor) for name, predictor in predictors.items()}
 
-    def measure(self, predictor: Predictor) -> Figures:
+    def measure(self, predictor: PredictFunction) -> Figures:
         """Figures of one predictor; a model must be in eval mode."""
         pred = self.task.predict(predictor)
         values = {metric: of_windows.numpy() for metric, of_windows in self.task.measure(pred).items()}
@@ -114,7 +126,7 @@ class EvaluationSet:
         reordered = self.task.predict(predictor, reorder=np.random.default_rng(REORDER_SEED))
         return Figures(means, intervals, self.check.panel(pred, reordered))
 
-    def evaluate(self, models: dict[str, Predictor]) -> Evaluation:
+    def evaluate(self, models: dict[str, PredictFunction]) -> Evaluation:
         """The models' figures and under them the baselines'."""
         figures = {name: self.measure(model) for name, model in models.items()} | self.untrained
         return Evaluation(
@@ -145,7 +157,7 @@ def evaluation_sets(
 
 
 def compare(
-    models: dict[str, Predictor], windows: Windows, split: Literal["validation", "test"], ood: Windows | None
+    models: dict[str, PredictFunction], windows: Windows, split: Literal["validation", "test"], ood: Windows | None
 ) -> tuple[Baselines, list[Evaluation]]:
     """Evaluates models (in eval mode) and baselines on the sets of `evaluation_sets`."""
     baselines, sets = evaluation_sets(windows, split, ood)
@@ -161,7 +173,7 @@ def _check_fit(windows: Windows, dim: int, context: int) -> None:
     if (windows.dim, windows.context) != (dim, context):
         raise ValueError(
             f"{windows.name}: windows of {windows.context} vectors of size {windows.dim}, "
-            f"but the run was trained on {context} of size {dim}"
+            f"but the model is trained on {context} of size {dim}"
         )
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amn_kernels.data import Windows
-from amn_kernels.train.baselines import Predictor
+from amn_kernels.train.baselines import PredictFunction
 
 HITS = (1, 5, 10)
 PREDICT_ROWS = 1024
@@ -24,7 +24,9 @@ SCORE_BYTES = 32 << 20
 
 
 @torch.no_grad()
-def mean_cosine(predictor: Predictor, windows: Windows, rows: np.ndarray, device: torch.device | str = "cpu") -> float:
+def mean_cosine(
+    predictor: PredictFunction, windows: Windows, rows: np.ndarray, device: torch.device | str = "cpu"
+) -> float:
     """Mean over the windows `rows` of the cosine between prediction and target; needs a model in eval mode."""
     total = 0.0
     for start in range(0, len(rows), PREDICT_ROWS):
@@ -52,7 +54,7 @@ class RetrievalTask:
         self.context_ids = torch.cat(context_ids)  # [N, T]
 
     @torch.no_grad()
-    def predict(self, predictor: Predictor, reorder: np.random.Generator | None = None) -> Tensor:
+    def predict(self, predictor: PredictFunction, reorder: np.random.Generator | None = None) -> Tensor:
         """Predictions [N, D]; with `reorder`, for contexts whose T vectors stand in a random other order."""
         pred = []
         for start in range(0, len(self.rows), PREDICT_ROWS):
@@ -78,7 +80,7 @@ class RetrievalTask:
             metrics[f"{prefix}mrr"] = 1 / rank.double()
         return metrics
 
-    def evaluate(self, predictor: Predictor) -> dict[str, float]:
+    def evaluate(self, predictor: PredictFunction) -> dict[str, float]:
         """The means of `measure` over the windows."""
         return {name: values.mean().item() for name, values in self.measure(self.predict(predictor)).items()}
 

@@ -1,7 +1,8 @@
 """The replay: every balance of losses trained for every architecture, and what became of it.
 
-Every training leaves a JSON file of its figures in `results/`. A run whose file is there with the same options is not
-trained again, so an interrupted replay goes on where it stopped, and a longer one adds to a shorter one.
+Every training leaves a JSON file of its figures in `results/`. A run whose file is there with the same options and data
+is not trained again, so an interrupted replay goes on where it stopped, and a longer one adds to a shorter one. Where
+only the windows out of distribution are others, the run is measured again.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from amn_kernels.stats import DominanceWarning
 from amn_kernels.train.comparison import SUFFIX, WRONG_LOADER, comparison_table, find_goals, summarise
 from amn_kernels.train.config import TrainConfig
 from amn_kernels.train.demo import GRADIENT, MSE_ONLY, RUNS, SETTINGS, DemoRun
-from amn_kernels.train.evaluate import EvaluationSet, Figures, evaluation_sets, without_nan
+from amn_kernels.train.evaluate import EvaluationSet, Figures, evaluation_sets, load_ood, without_nan
 from amn_kernels.train.models import AMN, MODELS, takes_residual
 from amn_kernels.train.runs import load_history, load_run, write_atomically
 from amn_kernels.train.trainer import train
@@ -68,13 +69,14 @@ class ReplayConfig:
     data: Path | None = None
     """NPZ file as for train; default: the bundled verses."""
     ood: Path | None = None
-    """NPZ file for the out-of-distribution figures; default: the bundled documentation, if its D is the data's."""
+    """NPZ file for the out-of-distribution figures; default: the bundled documentation, if it fits D and T."""
     out: Path = Path("runs/replay")
     """Folder for the runs, the figures and the report. What is done in it is kept and not trained again."""
 
     def models(self) -> list[str]:
         """The models' names; ValueError for an unknown one."""
-        names = list(MODELS) if self.model == "all" else self.model.split(",")
+        # Each once: a model that is named twice would count twice in its means.
+        names = list(MODELS) if self.model == "all" else list(dict.fromkeys(self.model.split(",")))
         unknown = sorted(set(names) - set(MODELS))
         if unknown:
             raise ValueError(f"model must be all or names from {', '.join(MODELS)}, got {', '.join(unknown)}")
@@ -86,7 +88,7 @@ class ReplayConfig:
         if self.seeds is None:
             seeds = plan.seeds
         elif all(part.strip().isdecimal() for part in self.seeds.split(",")):
-            seeds = tuple(int(part) for part in self.seeds.split(","))
+            seeds = tuple(dict.fromkeys(int(part) for part in self.seeds.split(",")))
         else:
             raise ValueError(f"seeds must be numbers with commas between them, got {self.seeds!r}")
         return dataclasses.replace(plan, epochs=plan.epochs if self.epochs is None else self.epochs, seeds=seeds)
@@ -116,10 +118,8 @@ def replay(config: ReplayConfig, console: Console) -> dict:
 
     trainings = list(_trainings(config))
     windows = load_windows(config.data, SETTINGS.context)
-    ood = load_windows(config.ood, windows.context, bundled="techdocs")
-    if config.ood is not None and ood.dim != windows.dim:
-        raise ValueError(f"{ood.name}: vectors of size {ood.dim}, but {windows.name} has size {windows.dim}")
-    _, (inside, *others) = evaluation_sets(windows, "validation", ood if ood.dim == windows.dim else None)
+    ood = load_ood(config.ood, windows.dim, windows.context)
+    _, (inside, *others) = evaluation_sets(windows, "validation", ood)
     sets = {"inside": inside} | ({"outside": others[0]} if others else {})
     (config.out / "results").mkdir(parents=True, exist_ok=True)
 
@@ -141,7 +141,7 @@ def replay(config: ReplayConfig, console: Console) -> dict:
     }
     for number, (run, options) in enumerate(trainings, start=1):
         path = config.out / "results" / f"{'-'.join(options.out.relative_to(config.out).parts)}.json"
-        done = _finished(path, options) or _run(run, options, sets, path)
+        done = _run(run, options, sets, path)
         results["runs"] += done
         for result in done:
             cosines = ", ".join(f"{result[key]['metrics']['cosine']:.3f} {key}" for key in sets)
@@ -175,11 +175,27 @@ def _trainings(config: ReplayConfig) -> list[tuple[DemoRun, TrainConfig]]:
 
 
 def _run(run: DemoRun, options: TrainConfig, sets: dict[str, EvaluationSet], path: Path) -> list[dict]:
-    """Trains and evaluates; the figures of the run, and of its weights in the wrong class where there is one."""
+    """The figures of a run: an earlier replay's if they are of the same options and data; else it is trained.
+
+    Where only the windows out of distribution are others, what was trained is measured again. Figures without
+    fingerprints may be of any windows, so they count as of others.
+    """
+    fingerprints = {key: of_windows.task.windows.fingerprint for key, of_windows in sets.items()}
+    earlier, trained, measured = _read(path)
+    if trained == _option_values(options) and measured.get("inside") == fingerprints["inside"]:
+        if measured == fingerprints:
+            return earlier
+        if _is_there(options.out, earlier[0].get("history")):
+            return _measure(run, options, sets, path)
     with warnings.catch_warnings():
         # Fixed weights are here to show just that.
         warnings.simplefilter("ignore", DominanceWarning)
         train(options, Console(quiet=True))
+    return _measure(run, options, sets, path)
+
+
+def _measure(run: DemoRun, options: TrainConfig, sets: dict[str, EvaluationSet], path: Path) -> list[dict]:
+    """Writes and returns the figures of a trained run, and of its weights in the wrong class where there is one."""
     model, history = load_run(options.out)[-1], load_history(options.out)
     results = [run_result(run.name, options, model, history, sets)]
     if options.model == "amn" and run.name == MSE_ONLY:
@@ -193,7 +209,10 @@ def _run(run: DemoRun, options: TrainConfig, sets: dict[str, EvaluationSet], pat
 def run_result(
     name: str, options: TrainConfig, model: nn.Module, history: list[dict], sets: dict[str, EvaluationSet]
 ) -> dict:
-    """`model`, `run`, `seed`, `options`, `parameters`, `history`; `inside` and `outside`, the figures on each set."""
+    """`model`, `run`, `seed`, `options`, `parameters`, `history`; `inside` and `outside`, the figures on each set.
+
+    The figures have the `fingerprint` of the windows that they are of.
+    """
     return {
         "model": options.model + (SUFFIX if options.residual else ""),
         "run": name,
@@ -201,7 +220,10 @@ def run_result(
         "options": _option_values(options),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "history": without_nan(history),
-        **{key: _plain(of_windows.measure(model)) for key, of_windows in sets.items()},
+        **{
+            key: {"fingerprint": of_windows.task.windows.fingerprint} | _plain(of_windows.measure(model))
+            for key, of_windows in sets.items()
+        },
     }
 
 
@@ -228,17 +250,27 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _finished(path: Path, options: TrainConfig) -> list[dict]:
-    """What an earlier replay left for the same options, or nothing."""
+def _read(path: Path) -> tuple[list[dict], dict, dict]:
+    """What an earlier replay left of a run: its figures, options, and the fingerprint of each set; or nothing."""
     if not path.is_file():
-        return []
+        return [], {}, {}
     try:
         results = json.loads(path.read_text())
+        first = results[0]
         # An option that is newer than the file had what is its default now.
-        trained = _option_values(TrainConfig()) | results[0]["options"]
-        return results if trained == _option_values(options) else []
-    except (ValueError, LookupError, TypeError) as error:
+        options = _option_values(TrainConfig()) | first["options"]
+        return results, options, {key: first[key].get("fingerprint") for key in ("inside", "outside") if key in first}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the figures of a run ({error}); remove it to train the run again") from error
+
+
+def _is_there(out: Path, history: list[dict] | None) -> bool:
+    """Whether the folder still holds the training of that history, whose seconds tell it from any other."""
+    try:
+        load_run(out)
+        return load_history(out) == history
+    except (OSError, ValueError):
+        return False
 
 
 def _option_values(options: TrainConfig) -> dict:

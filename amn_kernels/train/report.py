@@ -94,12 +94,16 @@ def render(results: dict, rows: list[Row]) -> str:
         curves={model: curve_charts(model, results) for model in models},
         sets={key: title for key, title in SET_TITLES.items() if key in results["data"]},
         results=results,
-        untrained_names=[name for name in results["untrained"]["inside"] if name != TRAIN_MEAN],
         colors=COLORS,
-        options=results["runs"][0]["options"],
-        varying={"model", "seed", "residual", "epochs", "lambda_mse", "lambda_info", "weighting", "lr", "batch_size"},
+        options=common_options(results["runs"]),
     )
     return _share_styles(html)
+
+
+def common_options(runs: list[dict]) -> dict:
+    """The options that have one value in all runs; a row's configuration has those that tell them apart."""
+    first, *others = (run["options"] for run in runs)
+    return {name: value for name, value in first.items() if all(other.get(name, ...) == value for other in others)}
 
 
 def overview_charts(results: dict, rows: list[Row]) -> list[Chart]:

@@ -15,7 +15,7 @@ from amn_kernels.train.checkpoints import check_probe, probe_tensors
 from amn_kernels.train.config import TrainConfig
 from amn_kernels.train.ranks import Ranks
 
-# Epochs without a better validation cosine before the learning rate is halved.
+# Epochs in a row without a better validation cosine that are let pass; the next halves the learning rate.
 PLATEAU_EPOCHS = 2
 # Contexts that a checkpoint's probe is of.
 PROBES = 4
@@ -77,16 +77,24 @@ class Training:
             "probe": probe_tensors(self.model, self.probe),
             "config": self.config.decisive(),
             "digest": self.config.digest(),
+            "data": {"windows": len(self.windows), "fingerprint": self.windows.fingerprint},
         }
 
     def restore(self, state: dict) -> None:
-        """Undo `state`; ValueError if it is of other options, another number of processes or another architecture."""
+        """Undo `state`; ValueError if it is of other options or data, another number of processes or architecture."""
         if state["digest"] != self.config.digest():
             here = self.config.decisive()
             differ = [name for name, value in state["config"].items() if here.get(name) != value]
             raise ValueError(
                 "the run was started with other options: "
                 + ", ".join(f"{name} {state['config'][name]!r}, now {here.get(name)!r}" for name in differ)
+            )
+        if "data" not in state:
+            raise ValueError("it does not say which data it is of, as those of this version do; start the run again")
+        if state["data"]["fingerprint"] != self.windows.fingerprint:
+            raise ValueError(
+                f"the run was started with other data: {self.windows.name} had {state['data']['windows']:,} windows, "
+                f"now it has {len(self.windows):,}, and not the same vectors or articles"
             )
         if len(state["random"]) != self.ranks.size:
             raise ValueError(f"the run was on {len(state['random'])} processes, now there are {self.ranks.size}")
