@@ -10,7 +10,7 @@ from torch import Tensor
 from amn_kernels import reference
 from amn_kernels.options import DEFAULT_CHUNK_BYTES, FUSED_TERMS, LossOptions, scratch_bytes
 from amn_kernels.primitives import COLUMNS, PLAIN_ROWS, Row
-from amn_kernels.reference.seq_loss import compute_dtype
+from amn_kernels.reference.seq_loss import compute_dtype, without_autocast
 from amn_kernels.stats import METRICS, TermOutputs
 
 
@@ -210,14 +210,32 @@ def save_for_double_backward(ctx, inputs, output):
 
 def double_backward(ctx, grads):
     """Gradient of the gradients, through the plain PyTorch definition; differentiable again."""
-    *choices, needs = ctx.choices
+    grad_values, pred, target, mask, ids, extra_negatives, learned_temperature = ctx.saved_tensors
+    given = (grad_values, pred, target, extra_negatives, learned_temperature)
+    of_values, of_pred, of_target, of_extra, of_temperature = _second_derivatives(*given, mask, ids, ctx.choices, grads)
+    # PyTorch takes an empty list among the arguments for one of tensors, and wants one back.
+    of_choices = [[] if choice == [] else None for choice in ctx.choices]
+    return of_values, of_pred, of_target, None, None, of_extra, of_temperature, None, None, None, *of_choices
+
+
+# Off for the products of the inner backwards as well.
+@without_autocast
+def _second_derivatives(
+    grad_values, pred, target, extra_negatives, learned_temperature, mask, ids, choices, grads
+):  # fmt: skip
+    """What `grads` of the gradients send to the first five arguments."""
+    *choices, needs = choices
     options = options_of(*choices)
     create_graph = torch.is_grad_enabled()
-    grad_values, pred, target, mask, ids, extra_negatives, learned_temperature = ctx.saved_tensors
+
+    # Without the graph that it comes from; where a further derivative is wanted, an alias at its end. Arguments may be
+    # made of one another, and grad_values of the loss: these paths are walked by the caller, not here.
+    def alone(x):
+        return x.view_as(x) if create_graph and x.requires_grad else x.detach().requires_grad_()
+
     with torch.enable_grad():
-        # Fresh leaves unless a further derivative is wanted: the graph of pred must not be walked here.
         given = (grad_values, pred, target, extra_negatives, learned_temperature)
-        leaves = [x if x is None or (create_graph and x.requires_grad) else x.detach().requires_grad_() for x in given]
+        leaves = [None if x is None else alone(x) for x in given]
         grad_values, pred, target, extra_negatives, learned_temperature = leaves
         values = reference.term_outputs(
             pred,
@@ -242,10 +260,7 @@ def double_backward(ctx, grads):
                 allow_unused=True,
             )
             second.update(zip(differentiable, gradients, strict=True))
-    of_values, of_pred, of_target, of_extra, of_temperature = second.values()
-    # PyTorch takes an empty list among the arguments for one of tensors, and wants one back.
-    of_choices = [[] if choice == [] else None for choice in ctx.choices]
-    return of_values, of_pred, of_target, None, None, of_extra, of_temperature, None, None, None, *of_choices
+    return list(second.values())
 
 
 def _forward_fake(pred, target, weights, *rest):

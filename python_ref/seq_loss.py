@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from amn_kernels.options import LossOptions
 
 
-def _without_autocast(function):
+def without_autocast(function):
     """Runs `function`, whose first argument is a tensor, with autocast off: it chooses its dtypes itself."""
 
     @functools.wraps(function)
@@ -26,7 +26,7 @@ def _without_autocast(function):
     return run
 
 
-@_without_autocast
+@without_autocast
 def term_outputs(
     pred: Tensor,  # [N, D] or [B, T, D]
     target: Tensor,  # same shape

@@ -61,6 +61,46 @@ def test_create_graph_leaves_the_first_gradient_alone():
     assert torch.equal(first, wanted)
 
 
+def made_of_one_another(pred, target):
+    """Arguments of the loss by what is special of them."""
+    return {
+        "all leaves": ((pred, target), {}),
+        "target made of pred": ((pred, pred.flip(0).sin()), {}),
+        "extra negatives made of target": ((pred, target), {"extra_negatives": 1.5 * target[:2] + 0.1}),
+    }
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("outer", [lambda loss: loss, torch.square], ids=["loss", "its square"])
+@pytest.mark.parametrize("arguments", made_of_one_another(*make_rows(2, 2)))
+def test_second_derivatives_walk_each_path_once(arguments, outer, create_graph):
+    """As the plain definition has them, also where the incoming gradient or an argument depends on another one."""
+    derivatives = []
+    for backend in ("cpu", "reference"):
+        leaves = [x.requires_grad_() for x in make_rows(5, 3, dtype=torch.float64)]
+        rows, further = made_of_one_another(*leaves)[arguments]
+        options = {"mse": 1.0, "infonce": 1.0, "temperature": 0.5, "weighting": "fixed", "backend": backend}
+        loss, _ = functional.seq_loss(*rows, **further, **options)
+        (first,) = torch.autograd.grad(outer(loss), leaves[0], create_graph=True)
+        second = torch.autograd.grad(first.square().sum(), leaves, create_graph=create_graph, allow_unused=True)
+        found = [x for x in second if x is not None]
+        if create_graph:
+            found += torch.autograd.grad(found[0].sum(), leaves[:1])
+        derivatives.append(found)
+    for got, wanted in zip(*derivatives, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)  # float64 rounding
+
+
+def test_a_double_backward_under_autocast_is_one_of_float32():
+    penalties = []
+    for enabled in (False, True):
+        loss, leaves = loss_of((33, 32))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            (first,) = torch.autograd.grad(loss, leaves, create_graph=True)
+            penalties.append(torch.autograd.grad(first.square().sum(), leaves)[0])
+    assert torch.equal(*penalties)
+
+
 def test_whoever_keeps_saved_tensors_finds_them_unchanged():
     kept = []
 
