@@ -228,6 +228,9 @@ inline Dtype dtype_of(const at::Tensor& x) {
   }
 }
 
+// x with unit stride along D. Rows that overlap lose it where they are converted: Tensor::to sorts their strides anew.
+inline at::Tensor with_unit_stride(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
+
 // Those of the device of x; an error without any.
 const Primitives& primitives_for(const at::Tensor& x);
 

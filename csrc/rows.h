@@ -43,9 +43,6 @@ inline Tensor scalars_of(const Tensor& rows, const Chunk& chunk, int64_t group_s
   return part(rows, 1, chunk.group * group_size + chunk.begin, chunk.groups * chunk.count);
 }
 
-// x with unit stride along D, which the primitives need.
-inline Tensor with_unit_stride(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
-
 // The rows of [N, D] or [B, T, D], with unit stride along D, by group, read chunk by chunk in one dtype.
 class Rows {
  public:
@@ -73,7 +70,7 @@ class Rows {
   Tensor chunk(const Chunk& chunk) const {  // [M, D] or [G, M, D]
     const Tensor view = rows_of(x_, chunk);
     if (direct()) return view;
-    const Tensor rows = view.to(dtype_);
+    const Tensor rows = with_unit_stride(view.to(dtype_));
     // Masked rows may hold NaN, and 0 * NaN poisons a matrix product.
     return mask_.defined() ? rows.masked_fill(rows_of(mask_, chunk).logical_not(), 0) : rows;
   }

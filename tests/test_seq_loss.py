@@ -121,6 +121,7 @@ LAYOUTS = {
     "expanded over the batch": lambda x: x[:240].expand(5, 240, x.shape[-1]),
     "one number a row": lambda x: x[:, :1].expand_as(x),
     "one row": lambda x: x[:1].expand_as(x),
+    "sliding windows": lambda x: x.flatten().unfold(0, x.shape[-1], 1)[: len(x)],
 }
 
 

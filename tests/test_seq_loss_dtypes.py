@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from error_rule import TERMS, make_rows, seq_loss
+from error_rule import TERMS, make_rows, relative_error, seq_loss
 
 FORMS = {
     "plain": ((65, 7), {}),
@@ -41,6 +41,25 @@ def test_strided_rows(dtype):
         wanted = seq_loss(view(pred).contiguous(), view(target).contiguous(), backend="cpu", **TERMS["all"])
         assert torch.equal(got.loss, wanted.loss)
         assert torch.equal(got.grad, wanted.grad)
+
+
+@pytest.mark.parametrize("terms", ["all", "infonce", "columns"])
+@pytest.mark.parametrize("of", ["pred", "target"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [8, 1030])  # fewer than a row is long; such a last chunk
+def test_sliding_windows_over_a_series(rows, dtype, of, terms):
+    """Rows that overlap, one element from the next, beside others of each dtype: what is widened is a matrix again."""
+    series = torch.randn(2000).cumsum(0).to(dtype)
+    windows = series.unfold(0, 16, 1)[:rows]
+    options = {"columns": {"mse": 0.0, "moment": 1.0, "variance": 1.0}, **TERMS}[terms]
+    for other in (torch.bfloat16, torch.float32, torch.float64):
+        pred, target = make_rows(rows, 16, dtype=other)
+        got, wanted = (
+            seq_loss(**{"pred": pred, "target": target, of: x}, backend="cpu", **options)
+            for x in (windows, windows.contiguous())
+        )
+        assert relative_error(got.loss, wanted.loss) <= 1e-6  # sums of a matrix product may be ordered by layout
+        assert relative_error(got.grad, wanted.grad) <= max(1e-6, torch.finfo(got.grad.dtype).eps)
 
 
 CONVERSIONS = """

@@ -47,7 +47,8 @@ void row_stats(
   const at::ScalarType real = key_scale.scalar_type();
   // Rare: float64 and something else.
   if (!is_read_as_stored(pred, real) || !is_read_as_stored(target, real)) {
-    return row_stats(pred.to(real), target.to(real), rows, key_scale, weight, form, pred_copy, target_copy);
+    const Tensor p = with_unit_stride(pred.to(real)), t = with_unit_stride(target.to(real));
+    return row_stats(p, t, rows, key_scale, weight, form, pred_copy, target_copy);
   }
   AT_DISPATCH_FLOATING_TYPES(real, "row_stats", [&] {
     const AnyBatch p(pred), t(target);
@@ -173,8 +174,9 @@ void row_combine(
   const at::ScalarType real = attention.scalar_type();
   // Rare, as above.
   if (!is_read_as_stored(pred, real) || !is_read_as_stored(target, real) || grad.scalar_type() != pred.scalar_type()) {
+    const Tensor p = with_unit_stride(pred.to(real)), t = with_unit_stride(target.to(real));
     const Tensor wide = attention.new_empty(grad.sizes());
-    row_combine(gradients, pred.to(real), target.to(real), attention, columns, rows, terms, temperature, wide);
+    row_combine(gradients, p, t, attention, columns, rows, terms, temperature, wide);
     grad.copy_(wide);
     return;
   }

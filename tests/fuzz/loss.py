@@ -54,6 +54,7 @@ LAYOUTS = {
     "inside a larger matrix": lambda x: torch.nn.functional.pad(x, (3, 2), value=torch.nan)[..., 3:-2],
     "negative bit": lambda x: torch.complex(torch.zeros_like(x), -x).conj().imag if x.dtype not in HALF else x.clone(),
     "expanded": lambda x: x[:1].expand_as(x),
+    "sliding windows": lambda x: x.flatten().unfold(0, x.shape[-1], 1)[: x[..., 0].numel()].unflatten(0, x.shape[:-1]),
 }
 
 
