@@ -239,7 +239,7 @@ def backward(
                 extra_negatives, keys, keys, *sections["extra_negatives"], saved.columns[:0], alone
             )
         else:
-            gradients["extra_negatives"] = torch.zeros_like(extra_negatives)
+            gradients["extra_negatives"] = extra_negatives.new_zeros(extra_negatives.shape)
     if "temperature" in needs:
         total = weights.new_zeros((), dtype=torch.float64)
         if len(saved.attention):

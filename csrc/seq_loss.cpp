@@ -229,7 +229,7 @@ std::vector<Tensor> backward(
           infonce);
       gradients.push_back(grad.to(extra_negatives.scalar_type()));
     } else {
-      gradients.push_back(at::zeros_like(extra_negatives));
+      gradients.push_back(at::zeros(extra_negatives.sizes(), extra_negatives.options()));
     }
   }
   if (needs & kNeedsTemperature) {

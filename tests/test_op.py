@@ -76,6 +76,20 @@ def test_every_input_of_the_op_is_sound(needs, choices):
         )
 
 
+def test_a_gradient_without_a_term_is_laid_out_as_any():
+    """Zeros for extra negatives that lie column by column, where infonce is monitored."""
+    pred, target = make_rows(5, 7)
+    tensors = (pred, target, None, None, make_rows(7, 3)[0].t(), None)
+    terms, needs = ([0, 2], [2]), 1 | 4
+    *_, rows, attention, columns = torch.ops.amn_kernels._seq_loss_forward(
+        pred, target, None, *tensors[2:], *terms, *PLAIN, needs
+    )
+    backward = torch.ops.amn_kernels._seq_loss_backward.default
+    arguments = (None, None, torch.ones(2), *tensors, rows, attention, columns, *terms, *PLAIN[:-1], needs)
+    assert [gradient.stride() for gradient in backward(*arguments)] == [(7, 1), (7, 1)]
+    torch.library.opcheck(backward, arguments)
+
+
 @pytest.mark.parametrize("op", ["seq_loss_fixed", "seq_loss_balanced"])
 @pytest.mark.parametrize("choices", [PLAIN, RICH], ids=["plain", "rich"])
 @pytest.mark.parametrize("needs", [0, 1, 15])
