@@ -2,7 +2,7 @@
 
 Environment:
     AMN_EXT=0|1         0: nothing is compiled, and the wheel is for any platform: Triton and plain PyTorch serve it.
-                        Never chosen by itself: where compiling fails the build fails, and says so.
+                        Never chosen by itself: where compiling fails the build fails, and says so. Not with AMN_CUDA=1.
     AMN_CUDA=0|1|auto   CUDA sources: never, required, or when nvcc and a CUDA build of torch of one major version are
                         there (default).
                         Decided by the toolchain, never by a GPU being there: a build machine often has none.
@@ -26,6 +26,8 @@ def wants_extension() -> bool:
     choice = os.environ.get("AMN_EXT", "1")
     if choice not in ("0", "1"):
         raise ValueError(f"AMN_EXT must be 0 or 1, got {choice!r}")
+    if choice == "0" and os.environ.get("AMN_CUDA") == "1":
+        raise ValueError("AMN_CUDA=1 requires compiled CUDA kernels, AMN_EXT=0 forbids to compile: unset one of them")
     return choice == "1"
 
 
@@ -88,6 +90,14 @@ def compiled() -> dict:
             # Read before the extension is loaded beside another torch (amn_kernels/ops.py).
             minor = ".".join(torch.__version__.split(".")[:2])
             Path(self.get_ext_fullpath(ext.name)).with_name("_C.torch").write_text(minor)
+
+        def copy_extensions_to_source(self):
+            # Of an editable installation, where the extension is used from the source tree.
+            super().copy_extensions_to_source()
+            for ext in self.extensions:
+                built = Path(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))
+                in_source = Path(self.get_ext_fullpath(ext.name))
+                self.copy_file(built.with_name("_C.torch"), in_source.with_name("_C.torch"))
 
     cuda = wants_cuda()
     folders = ["csrc", "csrc/cpu"] + (["csrc/cuda"] if cuda else [])

@@ -66,6 +66,12 @@ def test_unknown_choice_of_the_extension_is_refused():
     assert "AMN_EXT must be 0 or 1, got 'maybe'" in result.stderr
 
 
+def test_cuda_without_the_extension_is_refused():
+    result = setup_py(AMN_EXT="0", AMN_CUDA="1")
+    assert result.returncode != 0
+    assert "AMN_CUDA=1 requires compiled CUDA kernels, AMN_EXT=0 forbids to compile" in result.stderr
+
+
 def test_without_the_extension_nothing_of_torch_is_needed(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('torch is not there')")
     assert setup_py(AMN_EXT="0", PYTHONPATH=str(tmp_path)).returncode == 0

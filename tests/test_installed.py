@@ -26,6 +26,13 @@ def test_compiled_op_is_there_and_agrees_with_the_reference():
     torch.testing.assert_close(fused, plain)
 
 
+@pytest.mark.skipif(not COMPILED, reason="installed without compiled code")
+def test_compiled_code_says_which_torch_it_is_for():
+    """Installed or in a checkout: beside another one it is not loaded."""
+    told = resources.files(amn_kernels) / "_C.torch"
+    assert told.read_text() == ".".join(torch.__version__.split(".")[:2])
+
+
 @pytest.mark.skipif(COMPILED, reason="installed with compiled code")
 def test_without_compiled_code_it_explains_itself_and_serves():
     reason = ops.why_unavailable()
