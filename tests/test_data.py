@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from amn_kernels.data import IndexedWindows, load_bundled, load_windows, pack_vectors, split_windows
+from amn_kernels.data import IndexedWindows, StoredWindows, load_bundled, load_windows, pack_vectors, split_windows
 from amn_kernels.data.packed import load_packed
 
 # Two articles of 8 rows and one of 3, which is too short for a window of 5 + 1.
@@ -88,6 +88,10 @@ def test_a_fingerprint_is_of_the_data_whatever_file_they_are_in(tmp_path):
         fingerprint("context.npz", context=4),
     }
     assert len(others) == 5
+    # However alike the windows are, and whatever is known of articles, one more is another set.
+    ones = np.ones((71, 5, 6), np.float32)
+    more, fewer = (StoredWindows("ones", ones[:count], ones[:count, 0], None) for count in (71, 70))
+    assert more.fingerprint != fewer.fingerprint
 
 
 @pytest.mark.parametrize("context", [1, 5])
