@@ -114,7 +114,9 @@ enum class Attention : int64_t {
   kUnnormalised,  // sum_{j != i} exp(s_ij - max_i) k_j/|k_j|
   kNormalised,    // sum_{j != i} v_ij k_j/|k_j|, v as softmax_weights_ has it
   kByKey,         // for a row that is a key: 1/|t_j| sum_{i != j} v_ij p_i/|p_i|
-  kScaled,        // |t_i| sum_{j != i} exp(s_ij - max_i) k_j/|k_j|: weights of 16 bits stay in their range
+  // |t_i| sum_{j != i} exp(s_ij - max_i) k_j/|k_j|: weights of 16 bits stay in their range. A weight above 65,504, the
+  // largest float16, is cut to that: of a float16 key that is so many times shorter than t_i.
+  kScaled,
 };
 
 // How balanced weights are formed.

@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(kTeamLimit, !kPairs && L::kWhole && L::kBlocks
     reduce_team(lanes, now, memory, Larger{});
 
     const bool is_scaled = !kDouble && size_of(weights.dtype) == 2;
+    const bool is_half = is_scaled && weights.dtype == Dtype::kHalf;
     const Real shift = now[0], factor = is_scaled && is_row ? sqrt(at(rows, kTargetTarget, i)) : 1;
     const Row<Out> out = row_of<Out>(weights, is_row ? i : 0);
     Real sums[2] = {};  // exp(s - shift), keys
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(kTeamLimit, !kPairs && L::kWhole && L::kBlocks
         sums[0] += value;
         sums[1] += x.x[e] == kLowest ? 0 : 1;
         w.x[e] = value * norms.x[e] * factor;
-        if (is_scaled && w.x[e] > kMostOfHalf) w.x[e] = kMostOfHalf;
+        if (is_half && w.x[e] > kMostOfHalf) w.x[e] = kMostOfHalf;
       }
       store(out, k, s.cols, w);
     };

@@ -48,6 +48,17 @@ def test_float16_weights_stay_in_range(length):
     assert_error_rule(draw, backend="cuda", incoming=64.0 * min(length, 1.0), **TERMS["infonce"])
 
 
+def test_bfloat16_weights_have_the_range_of_float32():
+    """A key may be much shorter than the own target: here by more than float16 could say."""
+
+    def draw(seed):
+        pred, target = make_rows(4, 24, seed=seed)
+        target[1] *= 1e-6
+        return pred.bfloat16(), target.bfloat16()
+
+    assert_error_rule(draw, backend="cuda", draws=4, temperature=0.5, **TERMS["infonce"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("of_extra", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_extra_negatives_have_a_dtype_of_their_own(dtype, of_extra):
