@@ -49,8 +49,8 @@ struct Primitives {
   void (*prepare)(const at::Tensor& fresh);
 
   // Fills kInvPred ... kPredDiff from kWeight, and kMax, kOthers, kKeys and all that is p.o ... o.o as for an empty
-  // set of keys; of the options that are on also kColMax, kColOthers, kPositives ... kNegativeMax. Masked rows are 0.
-  // Unless `any_dtype`, they may hold NaN, and copies may be asked for, which can be multiplied.
+  // set of keys; of the options that are on also kColMax, kColOthers, kPositives ... kNegativeMax. Those of masked rows
+  // are 0; such rows may hold NaN and are not read. Unless `any_dtype`, copies may be asked for, which can be multiplied.
   void (*row_stats)(
       const at::Tensor& pred,        // [M, D] any floating dtype
       const at::Tensor& target,      // [M, D] the same
@@ -136,7 +136,7 @@ struct Primitives {
       const at::Tensor& moments,  // [kMoments, D] float64, in place
       const at::Tensor& count);   // [1] float64, in place
 
-  // The columns from the moments, and the values of the moment and the variance term.
+  // The columns from the moments, and the values of the moment and the variance term, 0 where no row counts.
   void (*col_terms)(
       const at::Tensor& moments,  // [kMoments, D] float64
       const at::Tensor& count,    // [1] float64

@@ -148,7 +148,8 @@ def variance(pred: Tensor, target: Tensor, mask: Tensor, gamma: float | None = N
     """``mean_k relu(γ_k - sd_k(p / |p|))``: a penalty on predictions that vary less than γ in a dimension.
 
     Source: the variance term of VICReg (Bardes et al. 2022, arXiv:2105.04906), in normalised space. There sd can't
-    reach VICReg's γ = 1, so γ defaults to the deviation of the normalised targets in each dimension, detached.
+    reach VICReg's γ = 1, so γ defaults to the deviation of the normalised targets in each dimension, detached. 0 if no
+    row counts.
 
     Args:
         pred: [N, D].
@@ -161,7 +162,7 @@ def variance(pred: Tensor, target: Tensor, mask: Tensor, gamma: float | None = N
         _, wanted = column_moments(normalize(target.detach()), mask)
     else:
         wanted = gamma
-    return torch.relu(wanted - sd).mean()
+    return torch.relu(wanted - sd).mean() * mask.any()
 
 
 def _nonzero(x: Tensor) -> Tensor:  # [..., D] -> [..., 1] bool

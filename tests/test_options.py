@@ -148,6 +148,17 @@ def test_few_rows_that_count(option, counting):
     torch.testing.assert_close(grad[mask], torch.autograd.grad(wanted, few)[0], rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_without_a_row_that_counts_no_variance_is_missing(backend):
+    """Not even of a deviation that is asked for by number."""
+    pred, target = make_rows(9, 7)
+    options = {"mse": 0.0, "variance": 1.0, "variance_target": 0.3, "backend": backend}
+    loss, grad, _ = run(pred, target, **options, mask=torch.zeros(9, dtype=torch.bool))
+    assert loss == 0
+    assert not grad.any()
+    assert run(pred[:1], target[:1], **options)[0].item() == pytest.approx(0.3)  # of one row it is
+
+
 @pytest.mark.parametrize("direction", ["pred_to_target", "both"])
 def test_without_negatives_infonce_is_zero(direction):
     pred, target = make_rows(9, 7)

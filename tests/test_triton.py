@@ -114,6 +114,13 @@ def test_masked_rows_are_neither_queries_nor_keys():
     assert relative_error(got[3].metrics, stats.metrics) <= 1e-6
 
 
+def test_without_a_row_that_counts_no_variance_is_missing():
+    pred, target = (x.to("cuda") for x in make_rows(9, 7))
+    mask = torch.zeros(9, dtype=torch.bool, device="cuda")
+    options = {"mse": 0.0, "variance": 1.0, "variance_target": 0.3}
+    assert grads_of("triton", pred, target, mask=mask, **options)[0] == 0
+
+
 def test_a_row_that_is_not_finite_is_a_loss_that_is_not():
     for value in (torch.nan, torch.inf):
         pred, target = (x.to("cuda") for x in make_rows(20, 8))

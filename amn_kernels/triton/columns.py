@@ -242,7 +242,7 @@ def col_terms_kernel(
         tl.store(out + VARIANCE_V * dim, pull.to(tl.float32), mask=inside)
         tl.store(out + VARIANCE_UNIT * dim, column(moments, MEAN_UNIT_PRED, k, dim).to(tl.float32), mask=inside)
     tl.store(values, moment / dim)
-    tl.store(values + 1, variance / dim)
+    tl.store(values + 1, tl.where(n > 0, variance / dim, 0.0))
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -56,7 +56,7 @@ void col_terms(
     }
   });
   values.data_ptr<double>()[0] = moment / dim;
-  values.data_ptr<double>()[1] = variance / dim;
+  values.data_ptr<double>()[1] = n > 0 ? variance / dim : 0;
 }
 
 void col_dots(

@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kColumnThreads) col_terms_kernel(
   }
   if (threadIdx.x != 0) return;
   values[0] = sums[0] / dim;
-  values[1] = sums[kColumnThreads] / dim;
+  values[1] = n > 0 ? sums[kColumnThreads] / dim : 0;
 }
 
 template <class L>

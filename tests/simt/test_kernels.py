@@ -4,7 +4,7 @@ Python does not use of them."""
 import pytest
 import torch
 from combinations import label, sample
-from error_rule import TERMS, assert_error_rule, make_rows, relative_error
+from error_rule import TERMS, assert_error_rule, make_rows, relative_error, seq_loss
 
 from amn_kernels.primitives import Form, Row, Temperature, TermList
 from amn_kernels.reference.balance import balance
@@ -64,6 +64,12 @@ def test_dtypes_of_pred_and_target_may_differ():
         return pred.bfloat16(), target
 
     assert_error_rule(draw, backend="simt", **TERMS["all"])
+
+
+def test_without_a_row_that_counts_no_variance_is_missing():
+    pred, target = make_rows(9, 7)
+    mask = torch.zeros(9, dtype=torch.bool)
+    assert seq_loss(pred, target, mask=mask, mse=0.0, variance=1.0, variance_target=0.3, backend="simt").loss == 0
 
 
 @pytest.mark.parametrize("real", [torch.float32, torch.float64], ids=str)
