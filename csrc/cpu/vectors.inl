@@ -104,7 +104,11 @@ AMN_INLINE T fold_lanes(typename Native<T>::type v, const F& f) {
     return v[0];
   } else {
     const auto upper = [&]<size_t... lane>(std::index_sequence<lane...>) __attribute__((always_inline)) {
+#if __has_builtin(__builtin_shufflevector)
       return __builtin_shufflevector(v, v, (lane < width / 2 ? int(lane + width / 2) : -1)...);
+#else  // gcc 11, which can't be told that a lane does not matter
+      return __builtin_shuffle(v, decltype(v < v){(lane < width / 2 ? lane + width / 2 : lane)...});
+#endif
     };
     return fold_lanes<T, width / 2>(f(v, upper(std::make_index_sequence<kNativeLanes<T>>{})), f);
   }
