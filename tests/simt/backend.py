@@ -23,11 +23,12 @@ def simt_backend(library: Library) -> Iterator[None]:
 
     def run(call: Call) -> Outcome:
         # The op over ranks, of which there is one: it takes any primitives.
+        given = {name: getattr(call, name) for name in ("pred", "target", "extra_negatives", "temperature")}
+        needs = {name for name, x in given.items() if x is not None and x.requires_grad and torch.is_grad_enabled()}
         with mock.patch.object(distributed, "_primitives", return_value=primitives):
             values, gram, metrics = distributed._SeqLoss.apply(
-                Exchange(), call.options, call.mask, call.ids,
-                call.pred, call.target, call.extra_negatives, call.temperature,
-            )  # fmt: skip
+                Exchange(), call.options, frozenset(needs), call.mask, call.ids, *given.values()
+            )
         return weighted(call, TermOutputs(values, gram if gram.numel() else None, metrics))
 
     backend = Backend("simt", "CUDA kernels on the CPU", lambda: None, lambda call: None, run)
