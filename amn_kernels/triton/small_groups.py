@@ -14,7 +14,6 @@ from torch import Tensor
 
 from amn_kernels import ops
 from amn_kernels.backends import Call, Outcome, weighted
-from amn_kernels.checks import check_state
 from amn_kernels.options import FUSED_TERMS, LossOptions
 from amn_kernels.primitives import PLAIN_ROWS, Row
 from amn_kernels.reference.seq_loss import to_groups
@@ -239,8 +238,7 @@ def run(call: Call) -> Outcome:
     if weighting is None:
         weights, balance = call.weights, ("fixed", *balance[1:])
     elif isinstance(weighting, BalancedWeighting):
-        check_state(weighting.mean.device, pred.device)
-        state = tuple(getattr(weighting, name) for name in STATE)
+        state = weighting.arguments(pred.device)[: len(STATE)]
         balance = (weighting.kind, weighting.anchor, weighting.decay, weighting.update_every, weighting.training)
     if torch.is_grad_enabled() and pred.requires_grad:
         loss, values, gram, metrics, balanced = _SmallGroups.apply(

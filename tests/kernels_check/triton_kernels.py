@@ -101,7 +101,7 @@ def run_step(step: Step, dtype: torch.dtype) -> None:
     loss, outputs, _ = BACKENDS["triton"].run(Call(pred, target, options, None, weighting, **given))
     loss.backward()
     # For tensors on the CPU the weighting takes the compiled twin.
-    state = (getattr(weighting, name) for name in STATE)
+    state = weighting.arguments(pred.device)[: len(STATE)]
     primitives.balance(outputs.values.detach(), outputs.gram, *state, weighting.anchor, 0.99, 1, False, True)
 
 
