@@ -25,6 +25,7 @@ CHOICES = {
     "extra": (0, 3, 40),
     "gradients": ("pred", "target", "pred target", "pred extra temperature", "pred target extra temperature", ""),
     "variance_target": (None, 0.3),
+    "tau": ("number", "tensor"),  # one that requires a gradient is a tensor
     "chunk_bytes": (None, 1, 3000),
     "dtype": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     "layout": ("dense", "steps first", "every second column"),
@@ -122,17 +123,23 @@ def inputs_of(case, device):
     return pred, target, tensors
 
 
-def run(case, options, pred, target, tensors, compute):
+def temperature_of(case, device):
+    """The tensor that counts in place of the option, as a learned one that has moved; None: the option."""
+    if case["tau"] == "number" and "temperature" not in case["gradients"]:
+        return None
+    return torch.tensor(0.45, dtype=torch.float64 if case["dtype"] == torch.float64 else torch.float32, device=device)
+
+
+def run(case, pred, target, tensors, compute):
     """Loss, gradients by name, Gram matrix and metrics by `compute(pred, target, temperature, tensors)`."""
-    real = torch.float64 if pred.dtype == torch.float64 else torch.float32
-    temperature = torch.tensor(options["temperature"], dtype=real, device=pred.device)
-    leaves = {"pred": pred, "target": target, "extra": tensors.get("extra_negatives"), "temperature": temperature}
+    leaves = {"pred": pred, "target": target, "extra": tensors.get("extra_negatives")}
+    leaves["temperature"] = temperature_of(case, pred.device)
     leaves = {name: x for name, x in leaves.items() if x is not None}
     wanted = [name for name in case["gradients"].split() if name in leaves]
     for name in wanted:
         leaves[name] = leaves[name].detach().requires_grad_()
     tensors = {**tensors, **({"extra_negatives": leaves["extra"]} if "extra" in leaves else {})}
-    loss, gram, metrics = compute(leaves["pred"], leaves["target"], leaves["temperature"], tensors)
+    loss, gram, metrics = compute(leaves["pred"], leaves["target"], leaves.get("temperature"), tensors)
     found = [None] * len(wanted)
     if loss.requires_grad:  # else no term depends on what was asked for
         found = torch.autograd.grad(loss, [leaves[name] for name in wanted], allow_unused=True)
@@ -166,11 +173,9 @@ def check(case, backend, device="cpu", tolerances=None):
         outputs = term_outputs(pred, target, checked, temperature=temperature, **tensors)
         return outputs.values @ outputs.values.new_tensor(checked.lambdas), outputs.gram, outputs.metrics
 
-    loss, gradients, gram, metrics = run(case, options, pred, target, tensors, computed)
+    loss, gradients, gram, metrics = run(case, pred, target, tensors, computed)
     double = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
-    true_loss, true_gradients, true_gram, true_metrics = run(
-        case, options, pred.double(), target.double(), double, plain
-    )
+    true_loss, true_gradients, true_gram, true_metrics = run(case, pred.double(), target.double(), double, plain)
     assert relative_error(loss, true_loss) <= tolerances.value
     assert gradients.keys() == true_gradients.keys()
     for name, gradient in gradients.items():

@@ -78,6 +78,9 @@ def check(rank, sizes, options, given, dtype):
 
     alone = FusedSeqLoss(**options)
     together = FusedSeqLoss(**options, gather_negatives=True, process_group=dist.group.WORLD)
+    if alone.options.learnable_temperature:  # one that has moved since it was the option's
+        for criterion in (alone, together):
+            criterion.log_temperature.data.fill_(-0.5)
     rows = [parts(x, sizes)[rank] if x is not None else None for x in (pred, target, mask, ids)]
     wanted_loss, wanted_gradients, wanted = run(alone, pred, target, mask, ids, steps=3)
     loss, gradients, stats = run(together, *rows, steps=3)

@@ -4,7 +4,7 @@ primitives they have the same row scalars, attention outputs, columns, values, G
 
 import pytest
 import torch
-from combinations import CHOICES, inputs_of, label, options_of, sample
+from combinations import CHOICES, inputs_of, label, options_of, sample, temperature_of
 
 from amn_kernels import algorithm, infonce, ops, triton
 from amn_kernels.algorithm import Saved
@@ -27,10 +27,9 @@ def setting(case, device="cpu"):
     pred, target, tensors = inputs_of(case, device)
     if "infonce" not in options.terms:
         tensors.pop("extra_negatives", None)
-    real = torch.float64 if pred.dtype == torch.float64 else torch.float32
     inputs = {"pred": pred, "target": target, **tensors}
-    if "temperature" in case["gradients"]:
-        inputs["temperature"] = torch.tensor(options.temperature, dtype=real, device=device)
+    if (temperature := temperature_of(case, device)) is not None:
+        inputs["temperature"] = temperature
     wanted = {"extra_negatives" if name == "extra" else name for name in case["gradients"].split()}
     return options, inputs, frozenset(name for name in NEEDS if name in wanted and name in inputs)
 

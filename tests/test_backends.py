@@ -51,6 +51,14 @@ def features():
     }
 
 
+def test_the_environment_is_read_when_the_loss_is_made(rows, served, monkeypatch):
+    criterion = FusedSeqLoss(infonce=1.0, weighting="fixed")
+    monkeypatch.setenv(backends.ENVIRONMENT, "reference")
+    criterion(*rows)
+    FusedSeqLoss(infonce=1.0, weighting="fixed")(*rows)
+    assert served == ["cpu", "reference"]
+
+
 @pytest.mark.parametrize("feature", features())
 def test_automatic_choice_serves_every_feature(rows, served, feature):
     pred, target = rows

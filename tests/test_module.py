@@ -24,28 +24,42 @@ def gradient(criterion, pred, target):
     return loss.detach(), leaf.grad
 
 
-@pytest.mark.parametrize("option", ["direction", "positives", "false_negative_margin", "variance", "targets"])
-def test_double_backward_of_options(option):
+PENALISED = {
+    "direction": {"direction": "both"},
+    "positives": {"positives": "ids"},
+    "false_negative_margin": {"false_negative_margin": 0.8},
+    "variance": {"variance": 0.5, "moment": 0.5},
+    "targets": {},
+    "mask": {},
+    "extra": {},
+    "step": {"negatives": "step"},
+    "temperature": {"learnable_temperature": True},
+}
+
+
+@pytest.mark.parametrize("weighting", ["fixed", "gradient"])
+@pytest.mark.parametrize("option", PENALISED)
+def test_double_backward_of_options(option, weighting):
     """A gradient penalty: the gradient of the norm of the gradient, against the reference's."""
-    pred, target = make_rows(5, 4, dtype=torch.float64)
-    options = {
-        "direction": {"direction": "both"},
-        "positives": {"positives": "ids"},
-        "false_negative_margin": {"false_negative_margin": 0.8},
-        "variance": {"variance": 0.5, "moment": 0.5},
-        "targets": {},
-    }[option]
-    tensors = {"ids": torch.tensor([0, 1, 0, 2, 1])} if option == "positives" else {}
+    shape = (3, 5, 4) if option == "step" else (5, 4)
+    pred, target = make_rows(*shape, dtype=torch.float64)
+    tensors = {
+        "positives": {"ids": torch.tensor([0, 1, 0, 2, 1])},
+        "mask": {"mask": torch.tensor([True, True, False, True, True])},
+        "extra": {"extra_negatives": make_rows(3, 4, dtype=torch.float64, seed=1)[0]},
+    }.get(option, {})
     results = []
     for backend in ("cpu", "reference"):
-        leaves = [
-            x.detach().clone().requires_grad_(option == "targets" or i == 0) for i, x in enumerate((pred, target))
-        ]
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        criterion = FusedSeqLoss(infonce=1.0, weighting="fixed", backend=backend, **options)
-        first = torch.autograd.grad(criterion(*leaves, **tensors), wanted, create_graph=True)
+        given = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in tensors.items()}
+        leaves = [x.clone().requires_grad_(option == "targets" or i == 0) for i, x in enumerate((pred, target))]
+        criterion = FusedSeqLoss(infonce=1.0, weighting=weighting, backend=backend, **PENALISED[option])
+        if option == "temperature":
+            criterion.log_temperature.data.fill_(0.3)  # it has moved since it was the option's
+        wanted = [x for x in (*leaves, *given.values(), *criterion.parameters()) if x.requires_grad]
+        first = torch.autograd.grad(criterion(*leaves, **given), wanted, create_graph=True)
         results.append(torch.autograd.grad(sum(g.square().sum() for g in first), wanted))
     for got, true in zip(*results, strict=True):
+        assert true.norm() > 0
         assert relative_error(got, true) <= 1e-10
 
 

@@ -42,6 +42,24 @@ def test_compiled_without_graph_breaks(backend, options, compiler):
         assert compiled_criterion.stats.as_dict() == pytest.approx(stats, rel=1e-6)
 
 
+def inverse_norms(gram, values):
+    """A weighting by a function."""
+    return gram.diagonal().rsqrt()
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("weighting", ["gradient", "value", inverse_norms])
+def test_balanced_weights_compiled(weighting):
+    """The backward too is by the weights of the call, and the state moves."""
+    eager, criterion = (FusedSeqLoss(mse=0.5, infonce=0.5, weighting=weighting, backend="cpu") for _ in range(2))
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    for seed in range(3):
+        rows = make_rows(40, 8, seed=seed)
+        (got_loss, got_grad), (loss, grad) = (gradient(f, *rows) for f in (compiled, eager))
+        torch.testing.assert_close(got_loss, loss, rtol=1e-6, atol=0)
+        assert relative_error(got_grad, grad) <= 1e-6
+
+
 @pytest.mark.usefixtures("_fresh_dynamo")
 def test_every_option_compiles_without_graph_breaks():
     pred, target = make_rows(6, 5, 7)

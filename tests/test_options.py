@@ -4,6 +4,7 @@ What options do together is in test_combinations.py.
 """
 
 import math
+import os
 
 import pytest
 import torch
@@ -206,6 +207,34 @@ def test_both_directions_keep_what_fits(fits, products, margin):
     # run() asks for target's gradient as well: Q of each chunk.
     guides = 0 if margin is None else products - 3
     assert sum(event.name in ("aten::mm", "aten::addmm") for event in profile.events()) == products + 3 + guides
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
+@pytest.mark.parametrize("options", [{}, {"direction": "both"}, {"moment": 0.5, "variance": 0.5}], ids=str)
+def test_the_number_of_threads_changes_nothing(options):
+    pred, target = make_rows(1100, 70)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            results.append(run(pred, target, **{**INFONCE, "cosine": 0.5, **options}, backend="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("positives", ["diagonal", "ids"])
+def test_ids_of_every_integer_type(positives, backend):
+    pred, target = make_rows(30, 6)
+    results = [
+        run(pred, target, **INFONCE, positives=positives, ids=(torch.arange(30) % 7).to(dtype), backend=backend)
+        for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    ]
+    for result in results[1:]:
+        for got, wanted in zip(result, results[0], strict=True):
+            assert torch.equal(got, wanted)
 
 
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 9), st.integers(0, 2**31))

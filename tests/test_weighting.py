@@ -188,6 +188,21 @@ def test_backends_agree_on_the_weights():
     torch.testing.assert_close(*weights, rtol=1e-5, atol=0)  # float32 norms
 
 
+@pytest.mark.parametrize("kind", ["gradient", "value"])
+def test_options_of_the_state_reach_every_backend(kind):
+    options = {"mse": 0.5, "cosine": 0.2, "infonce": 0.5, "weighting": kind}
+    options |= {"anchor": "infonce", "update_every": 3, "ema": 0.8}
+    ours, theirs = (FusedSeqLoss(**options, backend=backend) for backend in ("cpu", "reference"))
+    for k in range(8):
+        pred, target = make_rows(40, 8, seed=k)
+        for criterion in (ours, theirs):
+            criterion((pred * (1 + k)).requires_grad_(), target)
+        torch.testing.assert_close(ours.stats.weights, theirs.stats.weights, rtol=1e-5, atol=0)
+    assert ours.stats.weight["infonce"] == 0.5
+    torch.testing.assert_close(ours.weighting.mean, theirs.weighting.mean, rtol=1e-5, atol=0)
+    assert ours.weighting.updates.tolist() == [3, 3, 3]
+
+
 def test_state_round_trip_continues_as_if_uninterrupted():
     pred, target = make_rows(40, 8)
 
@@ -301,6 +316,9 @@ def test_nothing_is_read_on_the_host(weighting, backend):
     with NoHostReads():
         for _ in range(2):
             criterion(pred.clone().requires_grad_(), target).backward()
+        assert criterion.stats.share
+        assert criterion.stats.grad_norm
+        assert criterion.stats.gradient_cosine
     with pytest.raises(AssertionError, match="waits for the device"), NoHostReads():
         criterion.stats.weights.sum().item()  # the detector detects
 
