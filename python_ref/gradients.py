@@ -66,7 +66,7 @@ def cosine(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:  # [N, D], [N,
     p, t = pred * inv_pred, target * inv_target
     apart = inv_pred * ((p * t).sum(dim=-1, keepdim=True) * p - t)
     gradient = torch.where(excess.abs() < 0.5, gradient, apart)
-    return torch.where((inv_pred > 0) & (inv_target > 0), gradient, 0) / _count(mask)
+    return torch.where((inv_pred != 0) & (inv_target != 0), gradient, 0) / _count(mask)
 
 
 def infonce(
@@ -88,7 +88,7 @@ def infonce(
     """
     rows = pred.shape[1]
     p, keys = terms.normalize(pred), terms.normalize(target)
-    both = (_inverse_norm(pred) > 0) & (_inverse_norm(target) > 0)  # [G, M, 1]: the other rows send no gradient
+    both = (_inverse_norm(pred) != 0) & (_inverse_norm(target) != 0)  # [G, M, 1]: the other rows send no gradient
     valid, positive = terms.key_sets(
         target,
         mask,
@@ -140,8 +140,9 @@ def _sd_gradient(x: Tensor, mean: Tensor, sd: Tensor, mask: Tensor) -> Tensor:  
 
 
 def _inverse_norm(x: Tensor) -> Tensor:  # [..., D] -> [..., 1]
+    """0 for a zero vector; NaN for a norm that is not finite, so that it can't pass for a zero vector."""
     norm = x.norm(dim=-1, keepdim=True)
-    return torch.where(norm < terms.EPS, 0, 1 / norm)
+    return torch.where(norm < terms.EPS, 0, torch.where(norm < torch.inf, 1 / norm, torch.nan))
 
 
 def _count(mask: Tensor) -> Tensor:  # []

@@ -68,3 +68,15 @@ def test_no_gram_matrix_without_gradients():
     assert term_outputs(rows, rows, LossOptions()).gram is None
     with torch.no_grad():
         assert term_outputs(rows.requires_grad_(), rows, LossOptions()).gram is None
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("of", ["pred", "target"])
+def test_a_row_that_is_not_finite_shows_in_every_norm(of, bad):
+    """It must not pass for a zero vector: balanced weights skip what is not finite."""
+    generator = torch.Generator().manual_seed(0)
+    pred, target = (torch.randn(12, D, dtype=torch.float64, generator=generator) for _ in range(2))
+    (pred if of == "pred" else target)[3, 1] = bad
+    options = LossOptions(mse=1.0, cosine=1.0, infonce=1.0, moment=1.0, weighting="fixed")
+    gram = term_outputs(pred.requires_grad_(), target, options).gram
+    assert not gram.diagonal().isfinite().any()
