@@ -41,6 +41,13 @@ def make_rows(*shape, dtype=torch.float32, distance=None, seed=0):
     return pred.to(dtype), target.to(dtype)
 
 
+def rows_far_below(depth, temperature, dtype=torch.float32):
+    """Two rows, of which the own logit of the first is `depth` below that of the other key."""
+    own = torch.tensor([1 - depth * temperature, 1.0], dtype=torch.float64)  # cosines of the first row
+    target = torch.stack([own, (1 - own.square()).sqrt()], dim=1)
+    return target.flip(0)[[0, 0]].to(dtype), target.to(dtype)
+
+
 def seq_loss(pred, target, incoming=1.0, **options) -> Result:
     """Loss, gradient of ``incoming * loss`` and stats; pred keeps its strides."""
     leaf = pred.detach().requires_grad_()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from error_rule import TERMS, make_rows, relative_error, seq_loss, truth
+from error_rule import TERMS, make_rows, relative_error, rows_far_below, seq_loss, truth
 
 from amn_kernels import functional
 
@@ -203,5 +203,18 @@ def test_own_key_far_below_the_others(dtype):
     true = truth(pred, target, **options)
     ours = seq_loss(pred, target, backend="cpu", **options)
     rounding = 8 * torch.finfo(dtype).eps / 0.002  # of logits up to 500
+    assert ours.loss.item() == pytest.approx(true.loss.item(), rel=rounding)
+    assert relative_error(ours.grad, true.grad) <= rounding
+
+
+@pytest.mark.parametrize("direction", ["pred_to_target", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("depth", [690, 708, 712, 720, 744, 760])  # exp is subnormal from 708.4 and 0 from 745.1 on
+def test_own_key_whose_exp_is_subnormal(depth, dtype, direction):
+    pred, target = rows_far_below(depth, 0.001, dtype)
+    options = {"mse": 0.0, "infonce": 1.0, "temperature": 0.001, "direction": direction}
+    true = truth(pred, target, **options)
+    ours = seq_loss(pred, target, backend="cpu", **options)
+    rounding = 8 * torch.finfo(dtype).eps / 0.001  # of logits up to 1,000
     assert ours.loss.item() == pytest.approx(true.loss.item(), rel=rounding)
     assert relative_error(ours.grad, true.grad) <= rounding

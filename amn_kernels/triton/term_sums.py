@@ -58,7 +58,8 @@ TIE = tl.constexpr(8 * 2.0**-23)  # cosines closer than the rounding of a matrix
 def cross_entropy(top, others, own_logit):
     """log(own + others) - own logit, so that neither a dominating nor a vanishing own key loses digits."""
     own = tl.exp(own_logit - top)
-    value = tl.where((own > 0) | (own != own), log1p(others / own), top - own_logit + tl.log(others))
+    # Further below, the own key is nothing beside the others, and before it is 0 the quotient overflows.
+    value = tl.where(own > 1e-200, log1p(others / own), top - own_logit + tl.log(others))
     # No other key: 0, or NaN where the row is not finite.
     return tl.where((top == LOWEST) & (others == 0), 0 * own_logit, value)
 

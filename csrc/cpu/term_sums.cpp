@@ -16,7 +16,8 @@ double cross_entropy(double max, double others, double own_logit) {
   // No other key: 0, or NaN where the row is not finite.
   if (max == -std::numeric_limits<double>::infinity() && others == 0) return 0 * own_logit;
   const double own = std::exp(own_logit - max);
-  return own > 0 || std::isnan(own) ? std::log1p(others / own) : max - own_logit + std::log(others);
+  // Further below, the own key is nothing beside the others, and before it is 0 the quotient overflows.
+  return own > 1e-200 ? std::log1p(others / own) : max - own_logit + std::log(others);
 }
 
 double infonce_of_row(const Scalars& rows, int64_t i, const InfonceForm& form, double temperature) {

@@ -20,7 +20,8 @@ __device__ double cross_entropy(double max, double others, double own_logit) {
   // No other key: 0, or NaN where the row is not finite.
   if (max == -kInfinity && others == 0) return 0 * own_logit;
   const double own = exp(own_logit - max);
-  return own > 0 || own != own ? log1p(others / own) : max - own_logit + log(others);
+  // Further below, the own key is nothing beside the others, and before it is 0 the quotient overflows.
+  return own > 1e-200 ? log1p(others / own) : max - own_logit + log(others);
 }
 
 __device__ double infonce_of_row(const Scalars& rows, int64_t i, const InfonceForm& form, double own) {

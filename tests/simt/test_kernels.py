@@ -4,7 +4,7 @@ Python does not use of them."""
 import pytest
 import torch
 from combinations import label, sample
-from error_rule import TERMS, assert_error_rule, make_rows, relative_error, seq_loss
+from error_rule import TERMS, assert_error_rule, make_rows, relative_error, rows_far_below, seq_loss, truth
 
 from amn_kernels.primitives import Form, Row, Temperature, TermList
 from amn_kernels.reference.balance import balance
@@ -152,3 +152,14 @@ def test_balance(library, by_value, dtype):
         torch.testing.assert_close(loss, torch.dot(weights, values), rtol=1e-5, atol=0, equal_nan=True)
         for name in states[0]:
             torch.testing.assert_close(states[1][name], states[0][name], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("depth", [690, 720, 760])  # exp is subnormal from 708.4 and 0 from 745.1 on
+def test_own_key_whose_exp_is_subnormal(depth):
+    pred, target = rows_far_below(depth, 0.001)
+    options = {"mse": 0.0, "infonce": 1.0, "temperature": 0.001}
+    true = truth(pred, target, **options)
+    ours = seq_loss(pred, target, backend="simt", **options)
+    rounding = 8 * torch.finfo(torch.float32).eps / 0.001  # of logits up to 1,000
+    assert ours.loss.item() == pytest.approx(true.loss.item(), rel=rounding)
+    assert relative_error(ours.grad, true.grad) <= rounding
