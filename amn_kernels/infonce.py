@@ -118,7 +118,7 @@ class Infonce:
                 queries, rows = self.p.of(chunk), self.rows[:, chunk.numbers]
                 for first, keys in self._parts(block):
                     logits, pairs = self._similarities(chunk, queries, keys)
-                    weights, rescale = self._weights(logits, keys), logits.new_empty(rows.shape[1], 1)
+                    weights, rescale = self._weights(logits, queries, keys), logits.new_empty(rows.shape[1], 1)
                     own = self._own(block, chunk, first)
                     self.prim.softmax_rows_(logits, keys.scale, rows, rescale, pairs, own, self.tau, weights)
                     if sends:
@@ -164,7 +164,7 @@ class Infonce:
                 queries, rows = self.p.of(chunk), self.rows[:, chunk.numbers]
                 for first, keys in self._parts(block):
                     logits, pairs = self._similarities(chunk, queries, keys) if kept is None else next(kept)
-                    weights, own = self._weights(logits, keys), self._own(block, chunk, first)
+                    weights, own = self._weights(logits, queries, keys), self._own(block, chunk, first)
                     cols = logits.new_empty(2, self.groups, 0) if keys.cols is None else keys.cols
                     self.prim.softmax_weights_(
                         logits, keys.scale, rows, cols, pairs, self.form, own, kept is None, self.tau, weights
@@ -212,9 +212,9 @@ class Infonce:
             multiply(guide, self.t.of(chunk), keys.keys.mT)
         return logits, Pairs(row_ids, keys.ids, guide, -1.0 if self.margin is None else self.margin)
 
-    def _weights(self, logits: Tensor, keys: Keys) -> Tensor:
+    def _weights(self, logits: Tensor, queries: Tensor, keys: Keys) -> Tensor:
         """Where weights go: in place, unless the product takes another dtype."""
-        dtype = weight_dtype(keys.keys, self.real)
+        dtype = weight_dtype(queries, keys.keys, self.real)
         return logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
 
     def _own(self, block: Keys, chunk: Chunk, first: int) -> int:

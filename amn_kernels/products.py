@@ -20,11 +20,12 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> Non
         torch.bmm(a, b, **kinds, out=out)
 
 
-def weight_dtype(keys: Tensor, real: torch.dtype) -> torch.dtype:
-    """The dtype of softmax weights that are multiplied with keys.
+def weight_dtype(queries: Tensor, keys: Tensor, real: torch.dtype) -> torch.dtype:
+    """The dtype of softmax weights that are multiplied with keys, or with queries.
 
-    bfloat16 has the range of float32. In float16 a weight 1/N is subnormal from 16,384 keys on and loses digits, so
-    there the product is one of float32: slower, but nothing is lost, nor is it where TF32 is allowed
-    (torch.backends.cuda.matmul), which has the digits of float16 and the range of float32.
+    bfloat16 has the range of float32, and nobody wants more of its digits where both are bfloat16. In float16 a weight
+    1/N is subnormal from 16,384 keys on and loses digits, so there the product is one of float32: slower, but nothing
+    is lost, nor is it where TF32 is allowed (torch.backends.cuda.matmul), which has the digits of float16 and the range
+    of float32.
     """
-    return torch.bfloat16 if keys.dtype == torch.bfloat16 else real
+    return torch.bfloat16 if queries.dtype == keys.dtype == torch.bfloat16 else real

@@ -1,6 +1,9 @@
 """How many launches a training step of small groups takes. Nothing is launched: calls are counted, on CPU tensors."""
 
+import contextlib
+import dataclasses
 import sys
+import types
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ pytest.importorskip("triton")
 from error_rule import TERMS, make_rows
 from triton.runtime.jit import JITFunction
 
-from amn_kernels import ops
+from amn_kernels import FusedSeqLoss, ops, triton
 from amn_kernels.backends import BACKENDS, Call
 from amn_kernels.options import LossOptions
 from amn_kernels.triton import backend, small_groups
@@ -81,6 +84,60 @@ def test_what_is_no_kernel_of_ours_is_counted(launches_of):
     assert "aten::bmm" in launched
     assert "row_stats_kernel" in launched
     assert launches_of((129, 16), weighting="fixed")[:3] != ["small_groups_kernel"]
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_bytes": 1 << 20}], ids=["small", "chunks"])
+def test_kernels_are_launched_on_the_device_of_the_tensors(monkeypatch, options):
+    """Which need not be the current one."""
+    guarded, launched = [], []
+
+    @contextlib.contextmanager
+    def device_of(x):
+        guarded.append(x)
+        yield
+        guarded.pop()
+
+    def run(self, *args, **kwargs):
+        launched.append(self.fn.__name__)
+        assert guarded, f"{launched[-1]} is launched on the current device"
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(JITFunction, "run", run)
+    pred, target = make_rows(12, 16)
+    options = LossOptions(**TERMS["all"], **options)
+    weighting = make_weighting(options)
+    loss, outputs, _ = BACKENDS["triton"].run(Call(pred.requires_grad_(), target, options, None, weighting))
+    torch.autograd.grad(loss, pred)
+    # For tensors on the CPU the weighting takes the compiled twin.
+    backend.balance(outputs.values.detach(), outputs.gram, *weighting.arguments(pred.device))
+    assert {"row_combine_kernel", "balance_kernel"} <= set(launched)
+
+
+@pytest.mark.skipif("ttsem.harness" in sys.modules, reason="under ttsem tensors say that they are on a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("weighting", ["gradient", lambda gram, values: 1 / gram.diagonal().sqrt()])
+def test_what_the_backward_is_given(monkeypatch, weighting, compiled):
+    """The weights of a loss that has a gradient; torch.compile makes up one where the loss is the caller's own."""
+    given = []
+
+    def run(self, *args, **kwargs):
+        if self.fn.__name__ == "row_combine_kernel":
+            given.append(args[:3])
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(triton, "torch", types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: True)))
+    served = dataclasses.replace(BACKENDS["triton"], why_unsupported=lambda call: None)
+    monkeypatch.setitem(BACKENDS, "triton", served)
+    criterion = FusedSeqLoss(mse=1.0, infonce=0.5, backend="triton", weighting=weighting)
+    step = torch.compile(criterion, backend="aot_eager", fullgraph=True) if compiled else criterion
+    pred, target = make_rows(20, 8)
+    step(pred.requires_grad_(), target).backward()
+    ((grad_loss, weights, grad_values),) = given
+    if weighting == "gradient":
+        assert (grad_loss.numel(), weights.numel()) == (1, 2)
+    else:
+        assert (grad_loss, weights) == (None, None)
+        assert grad_values.numel() == 2
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ On a CUDA device, or without one under ttsem: `make test-triton`.
 
 import pytest
 import torch
-from error_rule import FLOOR_ULP, TERMS, eager_loss, make_rows, relative_error, truth
+from error_rule import FLOOR_ULP, TERMS, eager_loss, make_rows, relative_error, rows_far_below, truth
 
 from amn_kernels import FusedSeqLoss, functional
 from amn_kernels.triton import why_unavailable
@@ -170,3 +170,40 @@ def test_twice_the_same_bits():
     first, second = (run(pred, target, **TERMS["all"]) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("depth", [690, 720, 760])  # exp is subnormal from 708.4 and 0 from 745.1 on
+def test_own_key_whose_exp_is_subnormal(depth):
+    pred, target = rows_far_below(depth, 0.001)
+    options = {"mse": 0.0, "infonce": 1.0, "temperature": 0.001}
+    true = truth(pred, target, **options)
+    loss, grad, _ = run(pred, target, **options)
+    rounding = 8 * torch.finfo(torch.float32).eps / 0.001  # of logits up to 1,000
+    assert loss.item() == pytest.approx(true.loss.item(), rel=rounding)
+    assert relative_error(grad, true.grad) <= rounding
+
+
+def test_a_row_that_sends_nothing_is_a_negative_of_the_columns():
+    """In both directions its pred has a gradient though its target is zero; here it has all of one column's."""
+    pred = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    target = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    options = {"mse": 0.0, "infonce": 1.0, "temperature": 0.3, "direction": "both"}
+    _, grad, stats = run(pred, target, **options)
+    true = truth(pred, target, **options)
+    assert true.grad[0].norm() > 1e-2
+    for got, wanted in zip(grad, true.grad, strict=True):
+        assert relative_error(got, wanted) < 3e-6
+    torch.testing.assert_close(stats.gram.cpu().double(), true.stats.gram, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("direction", ["pred_to_target", "both"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_target_of_tiny_norm_leaves_the_others_their_digits(dtype, direction):
+    """Its 1/|k| is 10^6 times that of the others, which is more than the range of float16 weights."""
+    pred, target = make_rows(16, 64, dtype=torch.float64)
+    target[0] *= 1e-6
+    pred, target = pred.to(dtype), target.to(dtype)
+    options = {"mse": 0.0, "infonce": 1.0, "direction": direction}
+    _, grad, _ = run(pred, target, **options)
+    # Weights and the result are rounded.
+    assert relative_error(grad, truth(pred, target, **options).grad) <= 4 * torch.finfo(dtype).eps

@@ -97,6 +97,23 @@ def test_launches_of_a_training_step(launched):
     ]
 
 
+def test_launches_of_both_directions(launched):
+    options = LossOptions(mse=1.0, infonce=1.0, direction="both", chunk_bytes=1 << 20)
+    inputs = {"pred": rows(8192), "target": rows(8192)}
+    step(options, inputs, frozenset(["pred"]))
+    chunks, keys = 8192 // CHUNK_ROWS, (1 << 20) // 4 // CHUNK_ROWS
+    assert launched == [
+        "row_stats_kernel",
+        *["softmax_stats_kernel", "softmax_cols_kernel"] * (chunks * 8192 // keys),
+        "col_factors_kernel",
+        *["softmax_weights_kernel"] * (chunks * 8192 // keys),
+        "row_dots_kernel",
+        "sum_rows_kernel",
+        "finish_sums_kernel",
+        "row_combine_kernel",
+    ]
+
+
 def test_groups_go_together(launched):
     """64 groups of 256 rows are no more launches than one."""
     options = LossOptions(mse=1.0, infonce=1.0, negatives="step")

@@ -9,8 +9,9 @@
 
 Groups of at most 128 rows are small_groups.py: two launches a training step, three for several groups. A step by
 chunks launches 5 kernels and one per chunk of rows and block of keys (softmax_rows), beside the two matrix products of
-each: row_stats, row_dots, two for term_sums, row_combine. Both directions, positives by id and gradients for keys take
-two per chunk and block, terms of columns 4 more. Groups go together as far as they fit.
+each: row_stats, row_dots, two for term_sums, row_combine. Positives by id and gradients for keys take two per chunk and
+block (softmax_stats, softmax_weights), both directions three (softmax_cols as well) and col_factors, terms of columns 4
+more. Groups go together as far as they fit.
 
 The modules that need Triton are imported when the backend is first used, so the package works without it.
 """

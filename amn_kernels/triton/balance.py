@@ -59,7 +59,7 @@ def balanced_weights(
     ratio = tl.minimum(tl.maximum(ratio, LEAST), tl.load(most + term, mask=inside, other=1.0))
     has_state = (seen > 0) & (at_anchor(seen, term, anchor) > 0) & (term != anchor)
     ratio = tl.where(has_state, ratio, 1.0)
-    tl.store(weights + term, (weight * ratio).to(tl.float32), mask=inside)
+    tl.store(weights + term, (weight * ratio).to(weights.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -71,7 +71,7 @@ def balance_kernel(
     skipped,  # [m] int64
     lambdas,  # [m] float64
     most,  # [m] float32
-    weights,  # [m] float32, out
+    weights,  # [m], out
     decay: tl.float64, log_decay: tl.float64, update_every, m, step, anchor: tl.constexpr, BY_VALUE: tl.constexpr,
     UPDATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

@@ -29,6 +29,9 @@ from amn_kernels.triton.scalars import (
     WEIGHT,
     exp_below,
     inverse_norm,
+    load_rows,
+    offset_in_group,
+    power_of_two,
     put,
     row_sum,
     share_of_others,
@@ -102,11 +105,13 @@ def small_groups_kernel(
     inside = r < size
     counts, n = inside, groups * size
     if mask is not None:
-        counts = inside & (tl.load(mask + group * mask_group + r * mask_row, mask=inside, other=0) != 0)
+        at = offset_in_group(group, r, mask_group, mask_row)
+        counts = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
         n = count_rows(mask, groups, size, mask_group, mask_row)
     i = group * size + r
     stride = groups * size
-    p_row, t_row = group * pred_group + r * pred_row, group * target_group + r * target_row
+    p_row = offset_in_group(group, r, pred_group, pred_row)
+    t_row = offset_in_group(group, r, target_group, target_row)
 
     # What the tensor cores take: halves of one kind, else float32.
     low: tl.constexpr = pred.dtype.element_ty if pred.dtype == target.dtype else tl.float32
@@ -148,7 +153,7 @@ def small_groups_kernel(
         logits = tl.where(counts[:, None] & (r[:, None] != r[None, :]), logits, float("-inf"))
         keys = tl.where(counts, tl.sum(counts.to(tl.int32), 0) - 1, 0)
         if ids is not None:
-            id = tl.load(ids + group * ids_group + r * ids_row, mask=inside, other=0)
+            id = tl.load(ids + offset_in_group(group, r, ids_group, ids_row), mask=inside, other=0)
             logits = tl.where(id[:, None] == id[None, :], float("-inf"), logits)
             keys = tl.sum((logits != float("-inf")).to(tl.int32), 1)
         own = (1 - one_minus_cos) / tau
@@ -180,18 +185,20 @@ def small_groups_kernel(
                 factor = peak.to(tl.float64)
 
         if ATTENDS:
-            largest = tl.max(key_scale, 0)
-            largest = tl.where(largest > 0, largest, 1.0)
-            w = (soft * (key_scale / largest)[None, :]).to(low)
-            factor = tl.where(sending, factor * largest, 0.0).to(tl.float32)[:, None]
+            # 1/|k| is a power of two, by which the key is multiplied without rounding, times 1 to 2, which the weight
+            # gets: with all of it, float16 weights would be 0 beside that of a key of tiny norm.
+            inv_key = inv_target.to(tl.float32)
+            power = power_of_two(inv_key)
+            w = (soft * tl.where(power == 0, 0.0, inv_key / power)[None, :]).to(low)
+            # In both directions a row that sends nothing is a negative of the columns that do.
+            factor = tl.where(counts if BOTH else sending, factor, 0.0).to(tl.float32)[:, None]
             take = tl.where(sending, share * inv_target, 0.0).to(tl.float32)[:, None]
             po = tl.zeros([BLOCK_M], tl.float64)
             dq, oo = po, po
             for start in range(0, dim, BLOCK_D):
                 k = start + tl.arange(0, BLOCK_D)
-                p, t = load_block(pred, p_row, k, dim, counts), load_block(target, t_row, k, dim, counts)
-                o = tl.dot(w, t.to(low), input_precision="ieee")
-                p, t = p.to(tl.float32), t.to(tl.float32)
+                p, t = load_rows(pred, p_row, k, dim, counts), load_rows(target, t_row, k, dim, counts)
+                o = tl.dot(w, (t * power[:, None]).to(low), input_precision="ieee")
                 o = o * factor - t * take
                 po += row_sum(p * o)
                 dq += row_sum((p - t) * o)

@@ -320,12 +320,13 @@ def balance(
     weights = torch.empty_like(values)
     m = len(values)
     observed, step = (values, 1) if by_value else (gram, m + 1)
-    launch(
-        balance_kernel,
-        1,
-        *(observed, mean, updates, calls, skipped, lambdas, most, weights),
-        *(decay, math.log(decay) if decay > 0 else -math.inf, update_every, m, step, anchor, by_value, update),
-        BLOCK=triton.next_power_of_2(m),
-        warps=1,
-    )
+    with torch.cuda.device_of(values):
+        launch(
+            balance_kernel,
+            1,
+            *(observed, mean, updates, calls, skipped, lambdas, most, weights),
+            *(decay, math.log(decay) if decay > 0 else -math.inf, update_every, m, step, anchor, by_value, update),
+            BLOCK=triton.next_power_of_2(m),
+            warps=1,
+        )
     return weights

@@ -63,9 +63,15 @@ def put(rows, stride, which: tl.constexpr, i, value, mask):
 
 
 @triton.jit
+def offset_in_group(group, r, group_stride, row_stride):
+    """Where row r of a group begins, in 64 bits; r itself may have 32, which comparisons are cheaper in."""
+    return group * group_stride + r.to(tl.int64) * row_stride
+
+
+@triton.jit
 def row_offset(i, size, group_stride, row_stride):
     """Where row i of [G, M, D] begins; its rows are numbered group after group, M = size."""
-    return (i // size) * group_stride + (i % size) * row_stride
+    return offset_in_group(i // size, i % size, group_stride, row_stride)
 
 
 @triton.jit
@@ -102,6 +108,12 @@ def log1p(x):
     """log(1 + x) for x >= 0 in float64: Goldberg 1991, theorem 4."""
     y = 1.0 + x
     return tl.where(y == 1.0, x, tl.where(y < float("inf"), x * (tl.log(y) / (y - 1.0)), y))
+
+
+@triton.jit
+def power_of_two(x):
+    """The largest power of two up to x >= 0 in float32; 0 for 0. What is multiplied by it keeps all its digits."""
+    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -201,7 +201,7 @@ class _SmallGroups(torch.autograd.Function):
         loss, values, gram, metrics, balanced, rows, attention = torch.ops.amn_kernels_triton._small_groups_forward(
             pred, target, mask, ids, weights, *state, *_choices(options), True, *balance
         )
-        ctx.options = options
+        ctx.options, ctx.has_weights = options, balance[0] != ""
         ctx.save_for_backward(pred, target, mask, ids, balanced if weights is None else weights, rows, attention)
         ctx.mark_non_differentiable(gram, metrics, balanced)
         ctx.set_materialize_grads(False)  # zeros for what has no gradient would be launches in vain
@@ -210,6 +210,8 @@ class _SmallGroups(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, grad_values, *_):
         pred, target, mask, ids, weights, rows, attention = ctx.saved_tensors
+        if not ctx.has_weights:  # then it is nobody's loss, but torch.compile gives it a gradient of 0
+            grad_loss = None
         if grad_loss is None and grad_values is None:
             return (None,) * 8
         if torch.is_grad_enabled():  # a further derivative is wanted: the op that has one

@@ -128,11 +128,13 @@ def test_on_a_stream_of_its_own(backend):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device or none")
-def test_on_a_device_that_is_not_the_current_one(backend):
-    leaf, target = leaf_and_target((1, 300, 64))
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("kind", GROUPED)
+def test_on_a_device_that_is_not_the_current_one(backend, kind, weighting):
+    leaf, target = leaf_and_target(GROUPED[kind])
     other = leaf.detach().to("cuda:1").requires_grad_()
     grads = [
-        torch.autograd.grad(make_loss(backend, "fixed").to(x.device)(x, target.to(x.device)), x)[0].cpu()
+        torch.autograd.grad(make_loss(backend, weighting).to(x.device)(x, target.to(x.device)), x)[0].cpu()
         for x in (leaf, other)
     ]
     assert torch.equal(*grads)

@@ -33,7 +33,7 @@ MUTATIONS = (
     ),
     Mutation(
         "strides of group and row exchanged", "scalars.py",
-        "(i // size) * group_stride + (i % size) * row_stride", "(i // size) * row_stride + (i % size) * group_stride",
+        "(i // size, i % size, group_stride, row_stride)", "(i // size, i % size, row_stride, group_stride)",
         ttsem=_STEP,
     ),
     Mutation(
@@ -77,6 +77,14 @@ MUTATIONS = (
     Mutation(
         "own key not left out of a small group", "group_kernels.py", "(r[:, None] != r[None, :])",
         "(r[:, None] >= 0)", ttsem=_SMALL,
+    ),
+    Mutation(
+        "offsets of 32 bits", "scalars.py", "r.to(tl.int64) * row_stride", "r * row_stride",
+        ttsem=(f"{_TEST}offsets_have_64_bits",),
+    ),
+    Mutation(
+        "a row that sends nothing has no gradient from columns", "group_kernels.py", "counts if BOTH else sending",
+        "sending", ttsem=("test_triton_small_groups.py::test_a_row_that_sends_nothing_is_a_negative_of_the_columns",),
     ),
     # What no value shows.
     Mutation(
