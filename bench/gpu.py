@@ -1,6 +1,7 @@
 """`python -m bench.gpu`: time and memory of a training step on a CUDA device, against what people run today.
 
-Contenders take turns, so that a slow moment of the machine falls on all of them; medians of times by CUDA events. With
+Contenders take turns, so that a slow moment of the machine falls on all of them; medians of times by CUDA events. Every
+size is written as soon as it is measured; what the file holds of other sizes, and of other cards, is kept. With
 ``--device cpu`` the same harness runs on the CPU with wall-clock times, to see that it runs: these are no GPU figures.
 """
 
@@ -10,7 +11,7 @@ import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -29,6 +30,9 @@ DIM = 768
 TEMPERATURE = 0.07
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 INFONCE = {"infonce": 1.0}
+KINDS = {"all": ALL_TERMS, "infonce": INFONCE}
+BALANCED = ", balanced"
+"""End of the names of losses with weights of their own, whose values and gradients are not those of the others."""
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -45,7 +49,7 @@ def contenders(terms: dict[str, float], device: str) -> tuple[dict[str, Loss], d
             continue
         options = {"mse": 0.0, **terms, "backend": name}
         found[name] = FusedSeqLoss(**options, weighting="fixed").to(device)
-        found[f"{name}, balanced"] = FusedSeqLoss(**options).to(device)
+        found[name + BALANCED] = FusedSeqLoss(**options).to(device)
     plain = functools.partial(eager.seq_loss, temperature=TEMPERATURE, **terms)
     found["eager"] = plain
     found["torch.compile"] = compiled(plain)
@@ -56,7 +60,10 @@ def contenders(terms: dict[str, float], device: str) -> tuple[dict[str, Loss], d
             elif importlib.util.find_spec(module) is None:
                 left_out[name] = f"{module} is not installed"
             else:
-                found[name] = make()
+                try:
+                    found[name] = make()
+                except Exception as error:  # a package that is there and can't be imported on this machine
+                    left_out[name] = _told(error)
     return found, left_out
 
 
@@ -80,7 +87,8 @@ def _cut_cross_entropy() -> Loss:
     from cut_cross_entropy import linear_cross_entropy
 
     def loss(pred, target):
-        return linear_cross_entropy(*_units(pred, target))
+        # By default its backward leaves out blocks of small weights: another gradient, in less time.
+        return linear_cross_entropy(*_units(pred, target), filter_eps=None)
 
     return loss
 
@@ -98,37 +106,92 @@ def _liger() -> Loss:
 
 
 PEERS = {
-    "Inf-CL": ("inf_cl", _inf_cl),
-    "cut-cross-entropy": ("cut_cross_entropy", _cut_cross_entropy),
+    "Inf-CL (TF32, both gradients)": ("inf_cl", _inf_cl),
+    "cut-cross-entropy (no filter)": ("cut_cross_entropy", _cut_cross_entropy),
     "Liger": ("liger_kernel", _liger),
 }
-"""InfoNCE as others can compute it without its similarities in memory: package, and what makes the loss."""
+"""InfoNCE as others can compute it without its similarities in memory: package, and what makes the loss.
+
+Inf-CL multiplies float32 in TF32, and computes the gradient of the keys even where nobody asks for it.
+"""
 
 
 def measure(losses: dict[str, Loss], pred: torch.Tensor, target: torch.Tensor, rounds: int) -> dict[str, dict]:
-    """Median seconds and extra peak bytes of a step by contender, or the error that it ended in."""
-    runs, result = {}, {}
+    """Of a step by contender: median "seconds", "bytes" of extra peak memory and "difference", or the "error".
+
+    The difference is of value and gradient, relative to the first contender that ran; none of them is asserted, as
+    some contenders round more. Ends early where the device fails for good.
+    """
+    torch._dynamo.reset()  # room for one more shape
+    runs, result, first = {}, {}, None
     for name, loss in losses.items():
         run = step(loss, pred, target)
         try:
             for _ in range(3):  # compilation, autotuning, allocator
                 run()
-            result[name] = {"bytes": _peak(run, pred)}
-            runs[name] = run
+            figures = {"bytes": _peak(run, pred)}
+            if not name.endswith(BALANCED):
+                value, gradient = _evaluate(loss, pred, target)
+                first = first or (name, value, gradient)
+                figures["difference"] = {
+                    "from": first[0],
+                    "value": _relative(value, first[1]),
+                    "gradient": _relative(gradient, first[2]),
+                }
+            result[name], runs[name] = figures, run
         except Exception as error:  # out of memory, or an input that a peer does not take: told, not hidden
-            result[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+            result[name] = {"error": _told(error)}
+            if not answers(pred.device):
+                break
         finally:
             pred.grad = None
     seconds = {name: [] for name in runs}
     timer = _cuda_seconds if pred.is_cuda else _wall_seconds
-    order = list(runs.items())
+    order = list(runs) if answers(pred.device) else []
     for _ in range(rounds):
-        order.append(order.pop(0))
-        for name, run in order:
-            seconds[name].append(timer(run))
-    for name, times in seconds.items():
-        result[name]["seconds"] = statistics.median(times)
+        order = order[1:] + order[:1]
+        for name in list(order):
+            try:
+                seconds[name].append(timer(runs[name]))
+            except Exception as error:
+                result[name] = {"error": _told(error)}
+                order.remove(name)
+                if not answers(pred.device):
+                    order = []
+                    break
+    for name in losses:
+        if name in order:
+            result[name]["seconds"] = statistics.median(seconds[name])
+        elif "error" not in result.get(name, {}):
+            result[name] = {"error": "not timed: the device had failed"}
     return result
+
+
+def answers(device: torch.device | str) -> bool:
+    """Whether the device still serves this process: after some errors every later call fails."""
+    if torch.device(device).type == "cpu":
+        return True
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
+
+
+def _told(error: Exception) -> str:
+    """Type and first line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _evaluate(loss: Loss, pred: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Value and gradient of pred, off the device."""
+    value = loss(pred, target)
+    (gradient,) = torch.autograd.grad(value, pred)
+    return value.detach().double().cpu(), gradient.cpu()
+
+
+def _relative(x: torch.Tensor, to: torch.Tensor) -> float:
+    return ((x.double() - to.double()).norm() / to.double().norm()).item()
 
 
 def _cuda_seconds(run: Callable[[], None]) -> float:
@@ -159,19 +222,32 @@ def _peak(run: Callable[[], None], pred: torch.Tensor) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def benchmark(device: str, rows: tuple[int, ...], rounds: int, dim: int = DIM) -> dict:
-    """All figures: what the machine is, and an entry per terms, dtype and number of rows."""
-    entries, left_out = [], {}
-    for kind, terms in (("all", ALL_TERMS), ("infonce", INFONCE)):
-        losses, missing = contenders(terms, device)
-        left_out.update(missing)
-        for dtype_name, dtype in DTYPES.items():
+def measured(
+    device: str,
+    rows: Iterable[int],
+    rounds: int,
+    kinds: Iterable[str] = tuple(KINDS),
+    dtypes: Iterable[str] = tuple(DTYPES),
+    dim: int = DIM,
+) -> Iterator[dict]:
+    """An entry per terms, dtype and number of rows, each as soon as it is there; none after the device has failed."""
+    for kind in kinds:
+        losses, left_out = contenders(KINDS[kind], device)
+        for dtype in dtypes:
             for count in rows:
                 generator = torch.Generator().manual_seed(0)
-                pred, target = (torch.randn(count, dim, generator=generator).to(device, dtype) for _ in range(2))
-                figures = measure(losses, pred.requires_grad_(), target, rounds)
-                entries.append({"kind": kind, "dtype": dtype_name, "rows": count, "contenders": figures})
-    return {"machine": machine(device), "left_out": left_out, "entries": entries}
+                pred, target = (torch.randn(count, dim, generator=generator).to(device, DTYPES[dtype]) for _ in "pt")
+                entry = {"machine": machine(device), "kind": kind, "dtype": dtype, "rows": count, "left_out": left_out}
+                yield {**entry, "contenders": measure(losses, pred.requires_grad_(), target, rounds)}
+                if not answers(device):
+                    return
+
+
+def keep(result: dict, entry: dict, path: Path) -> None:
+    """Replace the entry of the same cell on the same machine, and write the file."""
+    key = ("machine", "kind", "dtype", "rows")
+    result["entries"] = [e for e in result["entries"] if any(e[k] != entry[k] for k in key)] + [entry]
+    write_atomically(path, json.dumps(result, indent=2) + "\n")
 
 
 def machine(device: str) -> dict:
@@ -183,6 +259,10 @@ def machine(device: str) -> dict:
     return facts
 
 
+def _card(entry: dict) -> str:
+    return entry["machine"].get("name", entry["machine"]["device"])
+
+
 def plot(result: dict, path: Path) -> None:
     """Time over rows, one panel per terms and dtype."""
     import matplotlib
@@ -190,18 +270,19 @@ def plot(result: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = sorted({(entry["kind"], entry["dtype"]) for entry in result["entries"]})
+    panels = sorted({(_card(entry), entry["kind"], entry["dtype"]) for entry in result["entries"]})
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
-    for axis, (kind, dtype) in zip(axes[0], panels, strict=True):
-        some = [entry for entry in result["entries"] if (entry["kind"], entry["dtype"]) == (kind, dtype)]
-        for name in some[0]["contenders"]:
-            points = [(e["rows"], e["contenders"][name].get("seconds")) for e in some]
+    for axis, panel in zip(axes[0], panels, strict=True):
+        some = [e for e in result["entries"] if (_card(e), e["kind"], e["dtype"]) == panel]
+        some.sort(key=lambda entry: entry["rows"])
+        for name in dict.fromkeys(name for entry in some for name in entry["contenders"]):
+            points = [(e["rows"], e["contenders"].get(name, {}).get("seconds")) for e in some]
             points = [(rows, seconds * 1e3) for rows, seconds in points if seconds is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", label=name)
-        axis.set(title=f"{kind}, {dtype}", xlabel="rows", ylabel="ms per step", xscale="log", yscale="log")
+        axis.set(title=", ".join(panel), xlabel="rows", ylabel="ms per step", xscale="log", yscale="log")
         axis.legend(fontsize=7)
-    figure.suptitle(f"Forward + backward, D = {DIM}, {result['machine'].get('name', result['machine']['device'])}")
+    figure.suptitle(f"Forward + backward, D = {DIM}")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -209,22 +290,23 @@ def plot(result: dict, path: Path) -> None:
 
 def print_table(result: dict) -> None:
     """One line per contender and shape."""
-    console = Console(width=max(100, Console().width))
-    table = Table(title=f"Forward + backward on {result['machine'].get('name', result['machine']['device'])}")
-    for column in ("terms", "input", "rows", "contender"):
+    console = Console(width=max(130, Console().width))
+    table = Table(title="Forward + backward; difference: of the gradient, relative to the first contender")
+    for column in ("card", "terms", "input", "rows", "contender"):
         table.add_column(column)
-    for column in ("ms", "MiB"):
+    for column in ("ms", "MiB", "difference"):
         table.add_column(column, justify="right")
     for entry in result["entries"]:
         for name, figures in entry["contenders"].items():
-            size = figures.get("bytes")
+            size, difference = figures.get("bytes"), figures.get("difference")
             table.add_row(
-                entry["kind"], entry["dtype"], f"{entry['rows']:,}", name,
+                _card(entry), entry["kind"], entry["dtype"], f"{entry['rows']:,}", name,
                 figures["error"] if "error" in figures else f"{figures['seconds'] * 1e3:.3f}",
                 "" if size is None else f"{size / 2**20:,.1f}",
+                "" if difference is None else f"{difference['gradient']:.1e}",
             )  # fmt: skip
     console.print(table)
-    for name, reason in result["left_out"].items():
+    for name, reason in sorted({left_out for entry in result["entries"] for left_out in entry["left_out"].items()}):
         console.print(f"Left out: {name} ({reason})")
 
 
@@ -233,17 +315,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--smoke", action="store_true", help="small sizes and few rounds: only shows that it runs")
+    parser.add_argument("--rows", type=int, nargs="+", help=f"default: {' '.join(map(str, ROWS))}")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for bench-gpu.json and bench-gpu.png")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench.gpu: there is no CUDA device; --device cpu shows that the harness runs")
     small = arguments.smoke or arguments.device == "cpu"
-    result = benchmark(arguments.device, (32, 128) if small else ROWS, rounds=3 if small else 50)
+    rows, rounds = arguments.rows or ((32, 128) if small else ROWS), 3 if small else 50
     arguments.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(arguments.out / "bench-gpu.json", json.dumps(result, indent=2) + "\n")
+    path = arguments.out / "bench-gpu.json"
+    result = json.loads(path.read_text()) if path.exists() else {"entries": []}
+    for entry in measured(arguments.device, rows, rounds, arguments.kinds, arguments.dtypes):
+        keep(result, entry, path)
+        print(f"{entry['kind']}, {entry['dtype']}, {entry['rows']:,} rows: measured", flush=True)
     plot(result, arguments.out / "bench-gpu.png")
     print_table(result)
     print(f"Written to {arguments.out}/bench-gpu.json and bench-gpu.png")
+    if not answers(arguments.device):
+        raise SystemExit("bench.gpu: the device failed; what was measured before is written")
 
 
 if __name__ == "__main__":
