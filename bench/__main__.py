@@ -39,7 +39,7 @@ def main() -> None:
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(arguments.json, json.dumps(result, indent=1) + "\n")
     print(report.terms.section(result))
-    if not arguments.smoke:
+    if arguments.json == report.TERMS:
         report.render()
 
 

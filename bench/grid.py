@@ -6,6 +6,7 @@ with the number of rows, as the exponent of a power law fitted to the larger hal
 
 import json
 import os
+from pathlib import Path
 
 import torch
 
@@ -35,11 +36,9 @@ def main() -> None:
     if arguments.smoke:
         arguments.rows, arguments.dims, arguments.memory_rows, arguments.most_rows = [32, 128], [768], [512], 0
         arguments.dtypes, arguments.seconds = ["float32"], 0.5
+        arguments.json.unlink(missing_ok=True)
 
-    result = {"times": [], "memory": [], "alone": []}
-    if arguments.json.exists():
-        result = json.loads(arguments.json.read_text())
-    result["machine"] = report.machine()
+    result = start(arguments.json)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
 
     def keep(kind: str, entry: dict, *key: str) -> None:
@@ -67,8 +66,22 @@ def main() -> None:
         entry = alone(arguments.most_rows)
         keep("alone", entry, "rows")
         print(f"fused alone, {entry['rows']:,} rows: {entry['seconds']:.1f} s, {entry['bytes'] / 2**20:,.0f} MiB")
-    if not arguments.smoke:
+    if arguments.json == report.PEERS:
         report.render()
+
+
+def start(path: Path) -> dict:
+    """What the file holds, to add to. Raises ValueError if that was measured on another machine."""
+    machine = report.machine()
+    if not path.exists():
+        return {"times": [], "memory": [], "alone": [], "machine": machine}
+    result = json.loads(path.read_text())
+    differ = [
+        f"{k} {result['machine'].get(k)}, here {now}" for k, now in machine.items() if result["machine"].get(k) != now
+    ]
+    if differ:
+        raise ValueError(f"{path} is of another machine ({'; '.join(differ)}): write elsewhere with --json")
+    return result
 
 
 def too_slow(cells: list[dict], contest: str, rows: int, dim: int, dtype: str) -> set[str]:

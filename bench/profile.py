@@ -8,7 +8,6 @@ docs/bench.md.
 import json
 import os
 import statistics
-import time
 
 import torch
 
@@ -93,9 +92,7 @@ def after_other_work(rows: int, times: int = 30) -> float:
     found = []
     for _ in range(times):
         other.mul_(1.0)
-        start = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - start)
+        found.append(timing._turn(run, 1))
     return statistics.median(found)
 
 

@@ -1,5 +1,6 @@
 """What the benchmarks rest on: equality before timing, turns, fits, pages that show the files and nothing else."""
 
+import json
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 pytest.importorskip("bench.contests", reason="the peers extra and open_clip_torch are not installed")
 
-from bench import contenders, contests, report, timing
+from bench import contenders, contests, grid, profile, report, timing
 
 
 def test_equality_notices_another_temperature():
@@ -19,6 +20,59 @@ def test_equality_notices_another_temperature():
     losses["colder"] = contests.peers.clip(contests.TEMPERATURE * 1.01)
     with pytest.raises(AssertionError, match="colder"):
         contests.check_equal(losses, pred, target)
+
+
+class NotANumber(torch.autograd.Function):
+    """The identity with a gradient that is none."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.nan
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_equality_notices_a_gradient_that_is_no_number(side):
+    pred, target = contests.make_inputs(17, 8, torch.float32, True)
+
+    def bad(*rows):
+        return contests.plain_both(*(NotANumber.apply(x) if i == side else x for i, x in enumerate(rows)))
+
+    with pytest.raises(AssertionError, match="bad: gradients differ by nan"):
+        contests.check_equal({"fused": contests.fused(direction="both"), "bad": bad}, pred, target)
+
+
+def test_figures_of_two_machines_are_not_mixed(tmp_path):
+    path = tmp_path / "peers.json"
+    assert grid.start(path)["machine"] == report.machine()
+    before = {"times": [1], "memory": [], "alone": [], "machine": report.machine()}
+    path.write_text(json.dumps(before))
+    assert grid.start(path) == before
+    path.write_text(json.dumps({**before, "machine": {**report.machine(), "cores": 96}}))
+    with pytest.raises(ValueError, match=r"another machine \(cores 96, here \d+\): write elsewhere with --json"):
+        grid.start(path)
+
+
+def test_figures_written_elsewhere_leave_the_pages_alone(tmp_path, monkeypatch):
+    rendered = []
+    monkeypatch.setattr(report, "render", lambda: rendered.append(True))
+    options = ["--contests", "--memory-rows", "--most-rows", "0", "--json"]
+    monkeypatch.setattr("sys.argv", ["bench.grid", *options, str(tmp_path / "peers.json")])
+    grid.main()
+    assert not rendered
+    monkeypatch.setattr(report, "PEERS", tmp_path / "own.json")
+    monkeypatch.setattr("sys.argv", ["bench.grid", *options, str(tmp_path / "own.json")])
+    grid.main()
+    assert rendered
+
+
+def test_a_step_after_other_work_is_timed_by_the_same_clock(monkeypatch):
+    ticks = iter(range(100))
+    monkeypatch.setattr(timing, "_clock", lambda: float(next(ticks)))
+    assert profile.after_other_work(4, times=3) == 1.0
 
 
 def test_a_contender_that_is_no_longer_compiled_is_an_error():
