@@ -5,6 +5,7 @@ import os
 import pickle
 import warnings
 import zipfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from fuzz import KINDS, files, run
 from fuzz.files import Canary, Claim, zipped
 
+from amn_kernels.data import npz
 from amn_kernels.data.npz import open_npz
 from amn_kernels.data.windows import load_windows
 from amn_kernels.train.checkpoints import load_checkpoint, save_checkpoint
@@ -33,6 +35,26 @@ def test_generated(kind):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PyTorch about the odd tensors that it is given
         run(kind, CASES[kind])
+
+
+def test_claims_notice_a_loader_of_other_rows(monkeypatch):
+    """Enough of them are right in everything for a wrong array to be seen, of each order and type."""
+    read, right = npz._read_member, Counter()
+
+    def count(path, member):
+        found = read(path, member)
+        if member == "vectors.npy":
+            right["F" if found.flags.fnc else "C", found.dtype.str] += 1
+        return found
+
+    monkeypatch.setattr(npz, "_read_member", count)
+    run("npz claims", 200)
+    assert sum(right.values()) >= 100
+    assert {order for order, _ in right} == {"C", "F"}
+    assert {"<f4", ">f4", "<f8", "<f2"} <= {dtype for _, dtype in right}
+    monkeypatch.setattr(npz, "_read_member", lambda *where: np.roll(read(*where), 1))
+    with pytest.raises(AssertionError, match="not the one that numpy reads"):
+        run("npz claims", 200)
 
 
 def hostile_npz(path, canary):
@@ -108,6 +130,7 @@ def test_states_that_are_none(tmp_path, content):
 MEMORY = """
 import resource
 from pathlib import Path
+from amn_kernels.data import npz
 from amn_kernels.data.npz import open_npz
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

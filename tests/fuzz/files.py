@@ -5,8 +5,10 @@ dtype that its bytes don't have, pickled objects, other compression, more data t
 (`Canary`).
 """
 
+import ast
 import hashlib
 import io
+import math
 import os
 import struct
 import tempfile
@@ -185,33 +187,55 @@ class Claim:
     version: tuple[int, int]
     length: int | None
     spare: int
+    size: int = ROWS * DIM * 4
+    """Bytes of the array, before the spare ones."""
 
     def data(self) -> bytes:
         """The file."""
-        payload = arrays()["vectors"].tobytes()
+        payload = np.resize(arrays()["vectors"].view(np.uint8), self.size).tobytes()
         payload = payload[: self.spare] if self.spare < 0 else payload + bytes(self.spare)
         members = {"vectors.npy": npy(self.header.encode(), payload, self.version, self.length)}
         return zipped({**members, "article.npy": good_member("article")}, self.compression)
 
 
-claims = st.tuples(
-    st.builds(
-        Claim,
-        header=st.one_of(
-            st.builds(
-                lambda descr, order, shape: HEADER.format(descr=descr, order=order, shape=shape),
-                st.sampled_from(DESCRS),
-                st.sampled_from(["False", "True", "None", "2"]),
-                st.sampled_from(SHAPES),
-            ),
-            st.sampled_from(HEADERS),
-        ),
-        compression=st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]),
-        version=st.sampled_from([(1, 0), (2, 0), (3, 0), (1, 1), (255, 0)]),
-        length=st.one_of(st.none(), st.sampled_from([0, 1, 65535, 1 << 31, (1 << 32) - 1])),
-        spare=st.sampled_from([0, 0, 1, -1, 1000]),
-    ),
-)
+GOOD = {
+    "descr": ("'<f4'", "'<f8'", "'<f2'", "'>f4'", "'<i8'", "'<c8'"),
+    "order": ("False", "True"),
+    "shape": ("(40, 5)", "(5, 40)", "(41, 5)", "(40, 6)", "(200,)", "(0, 5)", "(2, 4, 5)"),
+    "compression": (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
+    "version": ((1, 0), (2, 0), (3, 0)),
+    "length": (None,),
+    "spare": (0,),
+}
+"""What a file may say and be read, by field of a claim."""
+WRONG = {
+    "descr": DESCRS,
+    "order": ("None", "2"),
+    "shape": SHAPES,
+    "compression": (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA),
+    "version": ((1, 1), (255, 0)),
+    "length": (0, 1, 65535, 1 << 31, (1 << 32) - 1),
+    "spare": (1, -1, 1000),
+    "header": HEADERS,
+}
+
+
+@st.composite
+def _claims(draw) -> Claim:
+    """Right in all fields, or wrong in one or two; without a wrong one the bytes are as many as the header says."""
+    wrong = draw(st.one_of(st.just([]), st.lists(st.sampled_from(list(WRONG)), min_size=1, max_size=2, unique=True)))
+    of = {name: draw(st.sampled_from((WRONG if name in wrong else GOOD)[name])) for name in GOOD}
+    header = HEADER.format(**{name: of.pop(name) for name in ("descr", "order", "shape")})
+    size = ROWS * DIM * 4
+    if not {"descr", "shape"} & set(wrong):
+        claimed = ast.literal_eval(header)
+        size = math.prod(claimed["shape"]) * np.dtype(claimed["descr"]).itemsize
+    if "header" in wrong:
+        header = draw(st.sampled_from(HEADERS))
+    return Claim(header, **of, size=size)
+
+
+claims = st.tuples(_claims())
 
 
 def _must_name(path: Path, error: Exception) -> None:
@@ -248,10 +272,18 @@ def check_damaged_npz(compressed: bool, changes: list[Damage]) -> None:
 
 
 def check_claim(claim: Claim) -> None:
-    """A file that is whole and may be wrong."""
+    """A file that is whole and may be wrong: an error, or the array that numpy reads."""
     path = FOLDER / "claim.npz"
     path.write_bytes(claim.data())
     check_npz(path)
+    try:
+        found = open_npz(path, KEYS)["vectors"]
+    except ValueError:
+        return
+    with np.load(path) as file:
+        wanted = file["vectors"]
+    assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape), "type or shape is not the one that numpy reads"
+    assert found.tobytes() == wanted.tobytes(), "the array is not the one that numpy reads"
 
 
 def _write_damaged(folder: Path, files: dict[str, bytes], name: str, changes: list[Damage]) -> Path:
