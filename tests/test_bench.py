@@ -1,5 +1,7 @@
 """What the benchmarks rest on: equality before timing, turns, fits, pages that show the files and nothing else."""
 
+import collections
+import itertools
 import json
 import re
 
@@ -113,6 +115,24 @@ def test_turns(monkeypatch):
     result = timing.summary(times, "base")
     assert {name: round(r["ratio"]) for name, r in result.items()} == {"base": 1, "other": 2, "slow": 100}
     assert result["other"]["seconds"] == pytest.approx(0.002)
+
+
+def test_contenders_come_after_each_other_equally_often(monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(timing, "_clock", lambda: now[0])
+
+    def contender(name):
+        def run():
+            calls.append(name)
+            now[0] += timing.TURN
+
+        return run
+
+    timing.interleaved({name: contender(name) for name in "abcd"}, seconds=1000 * 4 * timing.TURN)
+    pairs = collections.Counter(itertools.pairwise(calls))
+    shares = {(a, b): n / calls.count(b) for (a, b), n in pairs.items() if a != b}
+    assert len(shares) == 12
+    assert all(0.2 < share < 0.4 for share in shares.values()), shares
 
 
 def test_parts_of_the_profile_add_up():

@@ -62,12 +62,14 @@ def _times(result: dict, ratios: Iterable[str]) -> str:
 def _streamed(result: dict) -> Iterator[str]:
     for entry in (e for e in result["times"] if e["kind"] == "streamed_terms"):
         of = {name: duration(r["seconds"]) for name, r in entry["contenders"].items()}
-        share = 1 / entry["contenders"]["move"]["ratio"]
+        move = entry["contenders"]["move"]
+        least, most = (1 / ratio for ratio in reversed(move["quartiles"]))
         yield (
             f"MSE + cosine alone at {entry['rows']:,} rows: {of['fused']} (torch.compile {of['compile']}, eager "
             f"{of['eager']}). The step reads pred and target twice and writes a gradient. PyTorch's `pred.sum()`, "
             f"`target.sum()` and `pred + target`, which read and write as much, take {of['move']}: fused takes "
-            f"{share:.2f} times that."
+            f"{1 / move['ratio']:.2f} times that in the median of {move['rounds']} rounds, {least:.2f} to {most:.2f} "
+            "times in the middle half of them."
         )
 
 
