@@ -81,6 +81,36 @@ def test_options_against_the_definition(name, masked):
     torch.testing.assert_close(stats.metrics.cpu().double(), true.stats.metrics, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["both", "step", "both, sequence"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_options_in_half_precision(name, dtype, masked):
+    shape, options = OPTIONS[name]
+    pred, target = make_rows(*shape, dtype=dtype, distance=0.5)
+    if masked:
+        generator = torch.Generator().manual_seed(1)
+        mask = torch.rand(shape[:-1], generator=generator) < 0.7
+        options = {**options, "mask": mask, "ids": torch.randint(4, shape[:-1], generator=generator)}
+        pred = pred.masked_fill(~mask.unsqueeze(-1), torch.nan)
+    loss, grad, _ = run(pred, target, incoming=64.0, **options)
+    true = truth(pred, target, 64.0, **options)
+    assert relative_error(loss, true.loss) < 3e-6
+    assert relative_error(grad, true.grad) < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(("shape", "masked"), [((40, 3, 8), False), ((90, 12, 4), True)], ids=["groups", "mask"])
+def test_more_than_is_summed_at_a_time(shape, masked):
+    """More than 32 groups, and a mask of more than 1,024 rows."""
+    pred, target = make_rows(*shape, distance=0.5)
+    options = {**TERMS["all"], "negatives": "sequence"}
+    if masked:
+        options["mask"] = torch.arange(shape[0] * shape[1]).view(shape[:-1]) % 3 > 0
+    loss, grad, stats = run(pred, target, **options)
+    true = truth(pred, target, **options)
+    for got, wanted in ((loss, true.loss), (grad, true.grad), (stats.metrics.cpu(), true.stats.metrics)):
+        assert relative_error(got, wanted) < 3e-6
+
+
 def test_strided_rows_and_different_dtypes():
     pred, target = make_rows(24, 40)
     pred = torch.cat([pred, pred], dim=1)[:, :40]  # rows further apart
