@@ -114,7 +114,7 @@ def measure(contest: str, rows: int, dim: int, dtype: str, seconds: float, slow:
     left_out.update(dict.fromkeys(sorted(slow), reason))
     return {
         "contest": contest, "rows": rows, "dim": dim, "dtype": dtype, "load": os.getloadavg()[0],
-        "contenders": results, "left_out": left_out,
+        "order": "drawn", "contenders": results, "left_out": left_out,
     }  # fmt: skip
 
 

@@ -119,10 +119,15 @@ def _noise(cells: list[dict]) -> str:
     spread = sorted((r["quartiles"][1] - r["quartiles"][0]) / r["ratio"] for r in rivals)
     load = [c["load"] for c in cells]
     middle, most = spread[len(spread) // 2], spread[9 * len(spread) // 10]
+    rotating = sum(c.get("order") != "drawn" for c in cells)
+    order = (
+        f" In {rotating} of {len(cells)} cells the order of turns rotated, so that each contender mostly came after the "
+        "same other one, which is worth 1 to 3% of a ratio; where it is drawn for every round that evens out."
+    )
     return (
         f"The machine was shared (load average {min(load):.1f} to {max(load):.1f}). The interquartile range of a ratio "
         f"is {middle:.0%} of it at the median comparison, and at most {most:.0%} in 90% of them."
-    )
+    ) + (order if rotating else "")
 
 
 def _growth(points: dict[int, float]) -> str:
