@@ -121,8 +121,8 @@ def _noise(cells: list[dict]) -> str:
     middle, most = spread[len(spread) // 2], spread[9 * len(spread) // 10]
     rotating = sum(c.get("order") != "drawn" for c in cells)
     order = (
-        f" In {rotating} of {len(cells)} cells the order of turns rotated, so that each contender mostly came after the "
-        "same other one, which is worth 1 to 3% of a ratio; where it is drawn for every round that evens out."
+        f" In {rotating} of {len(cells)} cells the order of turns rotated, so that each contender mostly came after "
+        "the same other one, which is worth 1 to 3% of a ratio; where it is drawn for every round that evens out."
     )
     return (
         f"The machine was shared (load average {min(load):.1f} to {max(load):.1f}). The interquartile range of a ratio "
