@@ -66,6 +66,16 @@ def test_prediction_is_the_longer_of_bytes_and_operations():
     assert cost.predict(alone, device, "fp32") == pytest.approx(4 + 1 + 2 * cost.LAUNCH_SECONDS)
 
 
+def test_products_of_the_peers():
+    """By hand: N²D multiply-adds of similarities, twice, and of the query gradient; Inf-CL for the keys once more, with
+    their similarities."""
+    n2d = 2 * N * N * D
+    assert {name: work.flops for name, work in cost.peers(N, torch.bfloat16, D).items()} == {
+        "Inf-CL": 5 * n2d,
+        "cut-cross-entropy": 3 * n2d,
+    }
+
+
 def test_accesses_are_read_from_the_code():
     loads, stores = cost.accesses(
         """
