@@ -9,6 +9,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -148,8 +149,9 @@ def measure(losses: dict[str, Loss], pred: torch.Tensor, target: torch.Tensor, r
     seconds = {name: [] for name in runs}
     timer = _cuda_seconds if pred.is_cuda else _wall_seconds
     order = list(runs) if answers(pred.device) else []
+    orders = random.Random(0)
     for _ in range(rounds):
-        order = order[1:] + order[:1]
+        orders.shuffle(order)
         for name in list(order):
             try:
                 seconds[name].append(timer(runs[name]))

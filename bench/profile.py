@@ -92,7 +92,7 @@ def after_other_work(rows: int, times: int = 30) -> float:
     found = []
     for _ in range(times):
         other.mul_(1.0)
-        found.append(timing._turn(run, 1))
+        found.append(timing.turn(run, 1))
     return statistics.median(found)
 
 

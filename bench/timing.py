@@ -41,7 +41,7 @@ def interleaved(
     once = {}
     for name, run in runs.items():
         run()  # compilation, thread pools, allocator
-        once[name] = _turn(run, 1)
+        once[name] = turn(run, 1)
     times = {name: [] for name in runs}
     order, first = list(runs), next(iter(runs))
     end = _clock() + seconds
@@ -52,11 +52,12 @@ def interleaved(
             if len(times[name]) < least or once[name] <= 10 * once[first]:
                 for _ in range(settle):
                     runs[name]()
-                times[name].append(_turn(runs[name], max(1, round(TURN / once[name]))))
+                times[name].append(turn(runs[name], max(1, round(TURN / once[name]))))
     return times
 
 
-def _turn(run: Callable[[], None], calls: int) -> float:
+def turn(run: Callable[[], None], calls: int) -> float:
+    """Seconds per call."""
     start = _clock()
     for _ in range(calls):
         run()
