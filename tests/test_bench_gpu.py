@@ -28,9 +28,9 @@ def test_every_contender_has_as_many_turns(monkeypatch):
     monkeypatch.setattr(gpu, "_wall_seconds", lambda run: turns.append(run) or float(len(turns)))
     pred, target = inputs(4, 3)
     losses = {name: FusedSeqLoss(backend="cpu") for name in "abc"}
-    figures = gpu.measure(losses, pred, target, rounds=5)
-    assert len(turns) == 15
-    assert all(turns.count(run) == 5 for run in set(turns))
+    figures = gpu.measure(losses, pred, target, rounds=12)
+    assert len(turns) == 36
+    assert all(turns.count(run) == 12 for run in set(turns))
     assert len(set(turns[::3])) == 3  # none is always the first of its round
     assert sum(figure["seconds"] for figure in figures.values()) > 3 * statistics.median([1, 2, 3])
 
