@@ -34,7 +34,7 @@ FLOOR = 32
 # Squares of longer vectors overflow in float32. What is finite has to be right even so.
 LONG = 1e18
 
-LARGE = 0.02
+LARGE = 0.05
 """Probability of more rows than a chunk has."""
 PRED_LEARNS = 0.8
 """Probability that pred's gradient is asked for."""
