@@ -209,7 +209,7 @@ def test_both_directions_keep_what_fits(fits, products, margin):
     assert sum(event.name in ("aten::mm", "aten::addmm") for event in profile.events()) == products + 3 + guides
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two threads need two cores, here is one")
 @pytest.mark.parametrize("options", [{}, {"direction": "both"}, {"moment": 0.5, "variance": 0.5}], ids=str)
 def test_the_number_of_threads_changes_nothing(options):
     pred, target = make_rows(1100, 70)

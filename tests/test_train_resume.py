@@ -244,6 +244,7 @@ def test_two_processes_train_like_one(data, on_two, tmp_path):  # noqa: F811
         # The same sums in another order, over 28 updates of AdamW.
         assert row["validation_cosine"] == pytest.approx(other["validation_cosine"], abs=1e-4)
         assert row["loss_infonce"] == pytest.approx(other["loss_infonce"], rel=1e-4)
+    assert not list(on_two.rglob(".*"))  # no write of either process is left unfinished
 
 
 def test_two_processes_go_on_bit_for_bit(data, on_two, tmp_path):  # noqa: F811
