@@ -58,23 +58,44 @@ def test_without_a_process_group():
         FusedSeqLoss(infonce=1.0, gather_negatives=True, backend="reference")(pred, target)
 
 
-def test_one_rank_alone(tmp_path):
-    """A group of one: the Python algorithm over the compiled primitives equals the compiled op."""
+@pytest.fixture
+def group_of_one(tmp_path):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        pred, target = make_rows(6, 5, 7, dtype=torch.float64)
-        for negatives, direction in (("all", "both"), ("step", "pred_to_target"), ("sequence", "both")):
-            options = {"infonce": 1.0, "moment": 0.5, "negatives": negatives, "direction": direction}
-            losses = []
-            for group in (None, torch.distributed.group.WORLD):
-                leaf = pred.clone().requires_grad_()
-                criterion = FusedSeqLoss(**options, process_group=group)
-                loss = criterion(leaf, target, extra_negatives=pred[0])
-                loss.backward()
-                losses.append((loss.detach(), leaf.grad, criterion.stats.gram, criterion.stats.metrics))
-            for got, wanted in zip(*losses, strict=True):
-                torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-13)
-        assert copy.deepcopy(criterion).options.process_group is torch.distributed.group.WORLD
-    finally:
-        torch.distributed.destroy_process_group()
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+def test_one_rank_alone(group_of_one):
+    """A group of one: the Python algorithm over the compiled primitives equals the compiled op."""
+    pred, target = make_rows(6, 5, 7, dtype=torch.float64)
+    for negatives, direction in (("all", "both"), ("step", "pred_to_target"), ("sequence", "both")):
+        options = {"infonce": 1.0, "moment": 0.5, "negatives": negatives, "direction": direction}
+        losses = []
+        for group in (None, group_of_one):
+            leaf = pred.clone().requires_grad_()
+            criterion = FusedSeqLoss(**options, process_group=group)
+            loss = criterion(leaf, target, extra_negatives=pred[0])
+            loss.backward()
+            losses.append((loss.detach(), leaf.grad, criterion.stats.gram, criterion.stats.metrics))
+        for got, wanted in zip(*losses, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-13)
+    assert copy.deepcopy(criterion).options.process_group is group_of_one
+
+
+@pytest.mark.parametrize("outer", [lambda loss: loss, torch.square], ids=["loss", "its square"])
+@pytest.mark.parametrize("learns", ["pred", "target", "extra", "temperature"])
+def test_a_second_derivative_over_ranks_is_an_error(group_of_one, learns, outer):
+    """Not a gradient from which the penalty is missing. The first derivative is right all the same."""
+    pred, target = make_rows(6, 5, dtype=torch.float64)
+    options = {"infonce": 1.0, "weighting": "fixed", "learnable_temperature": learns == "temperature"}
+    criterion = FusedSeqLoss(**options, process_group=group_of_one)
+    leaves = {"pred": pred, "target": target, "extra": make_rows(3, 5, dtype=torch.float64, seed=1)[0]}
+    leaves["temperature"] = getattr(criterion, "log_temperature", None)
+    leaf = leaves[learns].requires_grad_()
+    loss = outer(criterion(pred, target, extra_negatives=leaves["extra"]))
+    (plain,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    assert torch.equal(first, plain)
+    with pytest.raises(RuntimeError, match="no double backward"):
+        (loss + first.square().sum()).backward()
