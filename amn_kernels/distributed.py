@@ -129,6 +129,22 @@ class Group(Exchange):
         return (dist.batch_isend_irecv(moves) if moves else []), received
 
 
+class _Once(torch.autograd.Function):
+    """The identity on a gradient of a batch over ranks, of which there is no further one.
+
+    `once_differentiable` raises only where the incoming gradient requires one; a penalty on the gradient of the loss
+    itself would silently send nothing.
+    """
+
+    @staticmethod
+    def forward(ctx, gradient, *made_of):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("a batch over ranks (process_group, gather_negatives) has no double backward")
+
+
 class _SeqLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, group, options, needs, mask, ids, pred, target, extra_negatives, temperature):
@@ -153,10 +169,9 @@ class _SeqLoss(torch.autograd.Function):
         return values, gram, metrics
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_values, *_):
         pred, target, extra_negatives, temperature, *saved = ctx.saved_tensors
-        with torch.cuda.device_of(pred):
+        with torch.cuda.device_of(pred), torch.no_grad():
             gradients = algorithm.backward(
                 ctx.prim,
                 ctx.options,
@@ -168,6 +183,9 @@ class _SeqLoss(torch.autograd.Function):
                 extra_negatives=extra_negatives,
                 needs=ctx.needs,
             )
+        if torch.is_grad_enabled():  # create_graph
+            made_of = [x for x in (grad_values, pred, target, extra_negatives, temperature) if x is not None]
+            gradients = {name: _Once.apply(x, *made_of) for name, x in gradients.items()}
         return None, None, None, None, None, *(gradients.get(name) for name in _TENSORS)
 
 
