@@ -23,6 +23,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CASES ?= 10000
+TRITON := 3.8.0
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
 .PHONY: demo test test-full test-distributed test-triton test-simt test-simt-asan test-simt-tsan fuzz wheels examples \
@@ -124,11 +125,12 @@ $(VENV)/.dependencies: constraints.txt pyproject.toml
 	touch $@
 
 # Of open_clip, lightly and cut-cross-entropy single files are used; what they depend on would pull in torchvision. ttsem
-# asks for Python 3.12, but runs on 3.11.
+# asks for Python 3.12, but runs on 3.11. A CUDA build of torch has brought its own Triton, which stays.
 $(VENV)/.development: $(VENV)/.dependencies
 	$(BIN)/pip install -q -c constraints.txt $$($(call extras,True))
 	$(BIN)/pip install -q -c constraints.txt --no-deps open_clip_torch lightly cut-cross-entropy
 	$(BIN)/pip install -q -c constraints.txt --no-deps --ignore-requires-python ttsem
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install -q triton==$(TRITON)
 	touch $@
 
 # What pyproject.toml asks for in its extras, without the versions, which constraints.txt has.

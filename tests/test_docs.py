@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,10 @@ def test_counts_of_the_proof_are_those_of_its_table():
         f"of {len(launches)} launches {proven} are proven for every schedule, {on_paths} on the paths that were looked "
         f"at, and {open_} are not verified" in readme
     )
+
+
+def test_triton_is_left_to_torch():
+    """A CUDA build of torch, which is what pip has for Linux, asks for one version of Triton: a second can't be had."""
+    assert not [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("triton")]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert not [item for items in extras.values() for item in items if item.startswith("triton")]
