@@ -34,6 +34,9 @@ except ImportError as error:
     _C = None
     _LOAD_ERROR = str(error)
 
+# Asked here, as torch.compile can't trace the question.
+_HAS_CUDA = bool(_C) and torch._C._dispatch_has_kernel_for_dispatch_key("amn_kernels::_seq_loss_forward", "CUDA")
+
 
 def why_unavailable() -> str | None:
     """Why the compiled extension can't be used, or None if it can."""
@@ -44,7 +47,7 @@ def why_no_cuda() -> str | None:
     """Why the compiled CUDA kernels can't be used, or None if they can."""
     if reason := why_unavailable():
         return reason
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("amn_kernels::_seq_loss_forward", "CUDA"):
+    if not _HAS_CUDA:
         return "the extension was built without CUDA sources (AMN_CUDA=1 needs nvcc and a CUDA build of torch)"
     if not torch.cuda.is_available():
         return "there is no CUDA device, or its driver does not load"

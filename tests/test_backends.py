@@ -193,13 +193,15 @@ pred, target = make_rows(20, 6)
 criterion = FusedSeqLoss(cosine=0.5, infonce=0.25, weighting="fixed")
 loss = criterion(pred.requires_grad_(), target)
 loss.backward()
+compiled = torch.compile(FusedSeqLoss(cosine=0.5, infonce=0.25), fullgraph=True, backend="eager")(pred, target)
 errors = []
 for call in (lambda: FusedSeqLoss(backend="cpu"), lambda: functional.seq_loss(pred, target, backend="cpu")):
     try:
         call()
     except ValueError as error:
         errors.append(str(error))
-print(json.dumps({"loss": loss.item(), "grad": pred.grad.tolist(), "errors": errors, "info": backends.info()}))
+losses = {"loss": loss.item(), "compiled": compiled.item()}
+print(json.dumps({**losses, "grad": pred.grad.tolist(), "errors": errors, "info": backends.info()}))
 """
 
 
@@ -214,6 +216,8 @@ def test_without_the_compiled_extension(run_python):
     loss.backward()
     assert got["loss"] == loss.item()
     assert got["grad"] == pred.grad.tolist()
+    balanced = FusedSeqLoss(cosine=0.5, infonce=0.25, backend="reference")(pred, target)
+    assert got["compiled"] == pytest.approx(balanced.item(), rel=1e-6)
     assert len(got["errors"]) == 2
     for text in (*got["errors"], got["info"]):
         assert "the compiled extension did not load (no such library here)" in text

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from error_rule import make_rows, relative_error
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from amn_kernels import FusedSeqLoss, backends, ops, reference, triton
 from amn_kernels.options import LossOptions
@@ -68,10 +70,32 @@ def test_compiles_as_one_graph(backend, options):
         assert relative_error(x, y) <= 1e-5
 
 
-def test_the_module_compiles_as_one_graph(monkeypatch):
-    """As on a CUDA device: with the choice of backend, the weighting and its state inside the graph."""
+@pytest.fixture
+def _a_device(monkeypatch):
     cuda = types.SimpleNamespace(is_available=lambda: True)
     monkeypatch.setattr(triton, "torch", types.SimpleNamespace(cuda=cuda))
+
+
+@pytest.mark.usefixtures("_a_device")
+@pytest.mark.parametrize("rows", [(32, 33, 128), (300, 301, 4000)], ids=["small groups", "chunks"])
+@pytest.mark.parametrize("weighting", ["fixed", "gradient"])
+def test_traced_once_on_a_cuda_device(weighting, rows):
+    """On fake tensors: the backend is chosen inside the graph, which is one for any number of rows."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    with FakeTensorMode():
+        criterion = FusedSeqLoss(infonce=0.5, weighting=weighting).to("cuda:0")
+        compiled = torch.compile(criterion, fullgraph=True, dynamic=True, backend=counter)
+        for n in rows:
+            compiled(*(torch.empty(n, 8, device="cuda:0") for _ in "pt"))
+    (graph,) = counter.graphs
+    op = "_small_groups_forward" if rows[0] <= 128 else "_seq_loss_forward"
+    assert any(f"amn_kernels_triton.{op}" in str(node.target) for node in graph.graph.nodes)
+
+
+@pytest.mark.usefixtures("_a_device")
+def test_the_module_compiles_as_one_graph(monkeypatch):
+    """As on a CUDA device: with the choice of backend, the weighting and its state inside the graph."""
     served = dataclasses.replace(backends.BACKENDS["triton"], why_unsupported=lambda call: None)
     monkeypatch.setitem(backends.BACKENDS, "triton", served)
     pred, target = make_rows(20, 8)

@@ -23,12 +23,17 @@ import torch
 
 
 @functools.cache
-def _import_error() -> str | None:
+def _searched() -> str | None:
     try:
         importlib.import_module("triton")
     except ImportError as error:
         return f"Triton can't be imported ({error})"
     return None
+
+
+@torch.compiler.assume_constant_result  # a graph can't import
+def _import_error() -> str | None:
+    return _searched()
 
 
 def why_unavailable() -> str | None:

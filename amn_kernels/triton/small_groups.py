@@ -49,12 +49,15 @@ _SINGLE = {16: Tile(32, 4, 2, 255), 32: Tile(16, 4, 2, 255), 64: Tile(16, 8, 2, 
 
 
 def why_unsupported(call: Call) -> str | None:
-    """Why a call takes the path of chunks instead; None if it is one of small groups."""
-    options, size = call.options, _group_size(call)
+    """Why a call takes the path of chunks instead; None if it is one of small groups.
+
+    Without the number of rows, which a compiled graph would then be made for.
+    """
+    options = call.options
     most = MAX_ROWS if options.direction == "pred_to_target" else MAX_ROWS_BOTH
     columns = [term for term in options.terms if term in ("moment", "variance")]
     reasons = {
-        f"groups have {size} rows, more than {most}": size > most,
+        f"groups have more than {most} rows": _group_size(call) > most,
         f"{' and '.join(columns)} are sums over columns": bool(columns),
         "extra_negatives are keys of all groups": call.extra_negatives is not None,
         "positives='ids' needs more sums": options.positives == "ids",
