@@ -30,5 +30,7 @@ class Constants:
         """Go where a module goes, given what `torch.nn.Module._apply` does to its tensors."""
         self.on(moved(torch.empty(0, device=self._tensors[0].device)).device)
 
+    # Kept beyond the call, so that one in inference mode must not decide what they are.
+    @torch.inference_mode(False)
     def _on(self, device: torch.device) -> tuple[Tensor, ...]:
         return tuple(torch.tensor(values, dtype=dtype, device=device) for values, dtype in self._numbers)

@@ -22,6 +22,10 @@ def seq_loss(
 ) -> tuple[Tensor, LossStats]:
     """The weighted sum of the terms that are on, and its diagnostics.
 
+    On a CUDA device every call copies λ from the host, so it waits and can't be captured; `FusedSeqLoss` copies once.
+    Where no gradient for pred is asked for, as under ``torch.no_grad()``, ``weighting="gradient"`` has nothing to
+    measure and no state: the loss is the plain sum of λ · value.
+
     Args:
         pred: Predictions, [N, D] or [B, T, D]; float32, float64, float16 or bfloat16. May be strided.
         target: Targets of the same shape; the dtype may differ, each is read as it is.
@@ -61,7 +65,7 @@ def evaluate(
     options: LossOptions,
     backend: str | None,
     *,
-    weights: Tensor | None = None,  # [m] the fixed weights, if they are at hand as a tensor
+    weights: Tensor | None = None,  # [m] the fixed weights in the dtype of the values, if they are at hand as a tensor
     weighting: nn.Module | None = None,
     told: set[str] | None = None,
     temperature: Tensor | None = None,  # []
@@ -70,9 +74,8 @@ def evaluate(
     ids: Tensor | None = None,
 ) -> tuple[Tensor, LossStats]:
     """`seq_loss` on checked options and input, with the state that `FusedSeqLoss` keeps: weighting and temperature."""
-    real = compute_dtype(pred, target)
-    if weights is None or weights.dtype is not real or weights.device != pred.device:
-        weights = torch.tensor(options.lambdas, dtype=real, device=pred.device)
+    if weights is None:
+        weights = torch.tensor(options.lambdas, dtype=compute_dtype(pred, target), device=pred.device)
     call = backends.Call(pred, target, options, weights, weighting, temperature, mask, extra_negatives, ids)
     loss, (values, gram, metrics), weights = backends.choose(call, backend).run(call)
     return loss, LossStats(options, values.detach(), weights, gram, metrics, set() if told is None else told)

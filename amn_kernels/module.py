@@ -66,7 +66,7 @@ class FusedSeqLoss(nn.Module):
         super().__init__()
         self.options = LossOptions(**arguments)
         self._backend = backends.requested(self.options.backend)
-        self._constants = Constants((self.options.lambdas, torch.float32))
+        self._constants = Constants(*((self.options.lambdas, dtype) for dtype in (torch.float32, torch.float64)))
         if learnable_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(float(temperature), dtype=torch.float32).log())
         self.weighting = make_weighting(self.options)
@@ -83,17 +83,19 @@ class FusedSeqLoss(nn.Module):
     ) -> Tensor:  # []
         """The loss; see `amn_kernels.functional.seq_loss` for arguments, result and errors."""
         check_inputs(pred, target, self.options, mask, extra_negatives, ids)
+        real = compute_dtype(pred, target)
+        single, double = self._constants.on(pred.device)
         temperature = None
         if self.options.learnable_temperature:
             check_state(self.log_temperature.device, pred.device)
             # In what is computed in: the module may have been cast to 16 bits.
-            temperature = self.log_temperature.to(compute_dtype(pred, target)).exp()
+            temperature = self.log_temperature.to(real).exp()
         loss, self._last.stats = functional.evaluate(
             pred,
             target,
             self.options,
             self._backend,
-            weights=self._constants.on(pred.device)[0],
+            weights=double if real is torch.float64 else single,
             weighting=self.weighting,
             told=self._last.told,
             temperature=temperature,

@@ -365,6 +365,31 @@ def test_inference_mode():
     assert criterion.stats.grad_norm == {}
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_first_called_on_a_device_in_inference_mode(backend):
+    """What is kept for that device then must do for training too."""
+    pred, target = make_rows(33, 7)
+    criterion = FusedSeqLoss(backend=backend, **ALL).to("meta")
+    with torch.inference_mode():
+        criterion(pred, target)
+    loss, grad = gradient(criterion, pred, target)
+    wanted_loss, wanted_grad = gradient(FusedSeqLoss(backend=backend, **ALL), pred, target)
+    assert torch.equal(loss, wanted_loss)
+    assert torch.equal(grad, wanted_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weighting", ["fixed", "gradient", "value"])
+def test_no_call_makes_a_tensor_of_numbers(weighting, dtype, monkeypatch):
+    """On a CUDA device that is a copy from the host, which waits and can't be captured."""
+    pred, target = make_rows(33, 7, dtype=dtype)
+    criterion = FusedSeqLoss(infonce=0.5, weighting=weighting, backend="cpu")
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "tensor", None)
+        criterion(pred, target)
+    assert criterion.stats.weights.dtype is dtype
+
+
 def test_repr_shows_what_was_chosen():
     assert "infonce=0.5, temperature=0.1" in repr(FusedSeqLoss(infonce=0.5, temperature=0.1))
     assert "mse" not in repr(FusedSeqLoss())
