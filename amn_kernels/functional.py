@@ -78,4 +78,7 @@ def evaluate(
         weights = torch.tensor(options.lambdas, dtype=compute_dtype(pred, target), device=pred.device)
     call = backends.Call(pred, target, options, weights, weighting, temperature, mask, extra_negatives, ids)
     loss, (values, gram, metrics), weights = backends.choose(call, backend).run(call)
-    return loss, LossStats(options, values.detach(), weights, gram, metrics, set() if told is None else told)
+    stats = LossStats(options, values.detach(), weights, gram, metrics, set() if told is None else told)
+    if gram is None and loss.requires_grad and not torch.compiler.is_compiling():
+        stats.warn_of_no_balance()
+    return loss, stats

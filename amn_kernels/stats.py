@@ -28,11 +28,15 @@ class TermOutputs(NamedTuple):
 
 
 DOMINANCE = 100.0
-"""With fixed weights there is a warning if a term pulls this many times as hard as the anchor."""
+"""With fixed weights there is a warning if a term pulls this many times as hard as the anchor, and as λ ask for."""
 
 
 class DominanceWarning(UserWarning):
     """With fixed weights, one term's gradient all but decides the update."""
+
+
+class UnbalancedWarning(UserWarning):
+    """``weighting="gradient"`` finds no gradient of pred to balance."""
 
 
 @dataclass(slots=True)
@@ -40,8 +44,8 @@ class LossStats:
     """Diagnostics of one call of the loss. All tensors are detached; only `as_dict` synchronises.
 
     A term that was not computed is absent from every dictionary, never 0. Gradients are those of the terms with respect
-    to pred, [N, D] taken as one vector; where no gradients were asked for, as under ``torch.no_grad()``, `grad_norm`,
-    `share` and `gradient_cosine` are empty.
+    to pred, [N, D] taken as one vector; where no gradient for pred was asked for, as under ``torch.no_grad()``,
+    `grad_norm`, `share` and `gradient_cosine` are empty.
     """
 
     options: LossOptions
@@ -152,18 +156,30 @@ class LossStats:
         self._warn_of_dominance(numbers)
         return numbers
 
+    def warn_of_no_balance(self) -> None:
+        """Once per loss, for a call that has a gradient but none for pred."""
+        if self.options.weighting != "gradient" or "no balance" in self.told:
+            return
+        self.told.add("no balance")
+        warnings.warn(
+            "weighting='gradient' balances gradients at pred, and pred requires none, so the weights are λ or those of "
+            "earlier calls; if target is what is trained, give it as pred and the other as target",
+            UnbalancedWarning,
+            stacklevel=4,
+        )
+
     def _warn_of_dominance(self, numbers: dict[str, float]) -> None:
         options, anchor = self.options, self.options.anchor or self.options.default_anchor
         if options.weighting != "fixed" or not numbers.get(f"share_{anchor}") or "dominance" in self.told:
             return
         ratios = {term: numbers[f"share_{term}"] / numbers[f"share_{anchor}"] for term in options.enabled}
-        term = max(ratios, key=lambda name: ratios[name])
-        if ratios[term] > DOMINANCE:
+        wanted = {term: getattr(options, term) / getattr(options, anchor) for term in options.enabled}
+        term = max(ratios, key=lambda name: ratios[name] / max(1, wanted[name]))
+        if ratios[term] > DOMINANCE * max(1, wanted[term]):
             self.told.add("dominance")
-            wanted = getattr(options, term) / getattr(options, anchor)
             warnings.warn(
                 f"the gradient of {term} is {ratios[term]:,.0f} times that of {anchor} at these fixed weights, so "
-                f"{term} decides the update alone; weighting='gradient' would keep it at {wanted:g} times",
+                f"{term} decides the update alone; weighting='gradient' would keep it at {wanted[term]:g} times",
                 DominanceWarning,
                 stacklevel=3,
             )

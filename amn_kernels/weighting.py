@@ -66,7 +66,7 @@ class BalancedWeighting(nn.Module):
     def forward(self, values: Tensor, gram: Tensor | None) -> Tensor:  # [m], [m, m] -> [m]
         """Weights in the dtype of the values; updates the state in training mode.
 
-        Without a Gram matrix (no gradients were asked for), gradient weights come from the state as it is.
+        Without a Gram matrix (no gradient for pred was asked for), gradient weights come from the state as it is.
         """
         return _step_for(values.device)(values, gram, *self.arguments(values.device))
 
@@ -144,7 +144,7 @@ class CallableWeighting(nn.Module):
 
     @torch.no_grad()
     def forward(self, values: Tensor, gram: Tensor | None) -> Tensor:  # [m], [m, m] -> [m]
-        """Weights in the dtype of the values; plain λ where no gradients were asked for."""
+        """Weights in the dtype of the values; plain λ where no gradient for pred was asked for."""
         lambdas, some = self.constants.on(values.device)
         weights = lambdas.to(values.dtype, copy=True)
         if gram is None:

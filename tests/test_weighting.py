@@ -14,7 +14,7 @@ from safetensors import torch as safetensors
 from amn_kernels import FusedSeqLoss, ops
 from amn_kernels.options import LossOptions
 from amn_kernels.reference.balance import LEAST, MOST, SPIKE, SPIKE_AFTER, balance
-from amn_kernels.stats import DominanceWarning
+from amn_kernels.stats import DominanceWarning, UnbalancedWarning
 from amn_kernels.weighting import BalancedWeighting
 
 
@@ -334,6 +334,31 @@ def test_drowning_under_fixed_weights_is_told_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         criterion.stats.as_dict()
+
+
+@pytest.mark.parametrize(("scale", "drowns"), [(1.0, False), (1 / 50, True)])
+def test_a_pull_that_was_asked_for_is_no_drowning(scale, drowns, recwarn):
+    pred, target = make_rows(64, 32)
+    criterion = FusedSeqLoss(mse=0.001, infonce=1.0, weighting="fixed")
+    criterion((pred * scale).requires_grad_(), target * scale)
+    shares = criterion.stats.share
+    assert shares["infonce"] / shares["mse"] > 1000  # what λ ask for
+    criterion.stats.as_dict()
+    assert [warning.category for warning in recwarn] == [DominanceWarning] * drowns
+
+
+def test_a_target_trained_against_a_fixed_pred_is_told_once():
+    pred, target = make_rows(20, 8)
+    criterion = FusedSeqLoss(mse=0.5, infonce=0.5, weighting="gradient")
+    with pytest.warns(UnbalancedWarning, match="balances gradients at pred, and pred requires none"):
+        criterion(pred, target.requires_grad_())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion(pred, target)
+        fresh = FusedSeqLoss(mse=0.5, infonce=0.5, weighting="gradient")
+        fresh(pred, target.detach())
+        fresh(pred.requires_grad_(), target)
+        FusedSeqLoss(mse=0.5, infonce=0.5, weighting="value")(pred.detach(), target)
 
 
 def test_balanced_weights_are_not_warned_of(recwarn):
