@@ -63,6 +63,23 @@ def test_gram_matrix_near_convergence_in_float32():
     torch.testing.assert_close(*grams, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [3, 33, 256])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gram_matrix_of_constant_columns(masked, n, dtype):
+    """Moment pulls by the means alone and variance not at all, whatever the rounding of a mean of equal numbers."""
+    generator = torch.Generator().manual_seed(0)
+    pred, target = (torch.randn(n, D, dtype=dtype, generator=generator) for _ in range(2))
+    mask = torch.arange(n) % 3 != 0 if masked else torch.ones(n, dtype=torch.bool)
+    leaf = pred[1:2].expand_as(pred).clone().requires_grad_()
+    options = LossOptions(mse=0.0, moment=1.0, variance=1.0, weighting="fixed")
+    norms = term_outputs(leaf, target, options, mask=mask).gram.diagonal().sqrt()
+    count = mask.sum()
+    wanted = 2 / (count * D) * (pred[1] - target[mask].mean(dim=0)).norm() * count.sqrt()
+    torch.testing.assert_close(norms[0], wanted, rtol=1e-5, atol=0)
+    assert norms[1] == 0
+
+
 def test_no_gram_matrix_without_gradients():
     rows = torch.randn(4, 3)
     assert term_outputs(rows, rows, LossOptions()).gram is None
