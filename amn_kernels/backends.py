@@ -58,9 +58,9 @@ class Backend:
 
 def _is_transformed() -> bool:
     """Whether the call is inside a torch.func transform or a forward-mode level, which a C++ function does not see."""
-    if torch.compiler.is_compiling():
-        return False  # neither can be asked for while tracing
-    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0  # not to be traced
 
 
 def _why_not_over_ranks(call: Call) -> str | None:
@@ -163,8 +163,8 @@ def _reference_unsupported(call: Call) -> str | None:
 
 
 def _is_vmapped() -> bool:
-    if not _is_transformed():
-        return False
+    if torch.compiler.is_compiling() or not _is_transformed():
+        return False  # the stack of transforms is not to be traced
     functorch = torch._C._functorch
     return any(level.key() == functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ())
 

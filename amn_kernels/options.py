@@ -68,7 +68,8 @@ class LossOptions:
             ``"ids"``: all rows with the own id are positives, and InfoNCE is ``logsumexp_j s_ij`` less the mean of s_ij
             over them, L_out of SupCon (Khosla et al. 2020, arXiv:2004.11362).
         update_every: Update the state of the weighting every so many calls.
-        monitor: Names of terms with λ = 0 to compute and report without a gradient.
+        monitor: Names of terms with λ = 0 to compute and report without a gradient. One that is NaN makes the
+            loss NaN.
         process_group: A torch.distributed group whose ranks hold parts of one batch: values, weights and statistics are
             those of the whole batch. Gradients are multiplied by the number of ranks, so that the mean over ranks that
             DistributedDataParallel takes is the gradient of the loss.

@@ -1,6 +1,7 @@
 // The ops of ops.cpp over the two halves of seq_loss.h: autograd, and weights that are balanced on the way.
 #include <ATen/ATen.h>
 #include <ATen/SavedTensorHooks.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -237,7 +238,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apply(
     const OptionalTensor& learned_temperature, at::IntArrayRef terms, at::IntArrayRef monitored, double temperature,
     bool both, int64_t negatives, bool positives_by_id, double margin, double variance_target, int64_t chunk_bytes) {
   int64_t needs = 0;
-  if (at::GradMode::is_enabled()) {
+  if (at::GradMode::is_enabled() && !c10::InferenceMode::is_enabled()) {
     TORCH_CHECK(
         !needs_gradient(weights), "amn_kernels::seq_loss_fixed has no gradient for weights; use the reference backend");
     needs = (pred.requires_grad() ? kNeedsPred : 0) | (target.requires_grad() ? kNeedsTarget : 0) |

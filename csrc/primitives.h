@@ -50,7 +50,7 @@ struct Primitives {
 
   // Fills kInvPred ... kPredDiff from kWeight, and kMax, kOthers, kKeys and all that is p.o ... o.o as for an empty
   // set of keys; of the options that are on also kColMax, kColOthers, kPositives ... kNegativeMax. Those of masked rows
-  // are 0; such rows may hold NaN and are not read. Unless `any_dtype`, copies may be asked for, which can be multiplied.
+  // are those of a row of zeros; such rows may hold NaN and are not read. Unless `any_dtype`, copies may be asked for, which can be multiplied.
   void (*row_stats)(
       const at::Tensor& pred,        // [M, D] any floating dtype
       const at::Tensor& target,      // [M, D] the same

@@ -360,8 +360,12 @@ def test_inference_mode():
     with torch.inference_mode():
         got = criterion(pred, target)
         inside = criterion(pred.clone().requires_grad_(), target.clone())
+        with torch.enable_grad():  # of no effect there on what PyTorch computes
+            enabled = criterion(pred.clone().requires_grad_(), target.clone())
     assert torch.equal(got, wanted)
     assert torch.equal(inside, wanted)
+    assert torch.equal(enabled, wanted)
+    assert not enabled.requires_grad
     assert criterion.stats.grad_norm == {}
 
 

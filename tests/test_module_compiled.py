@@ -6,7 +6,7 @@ from error_rule import make_rows, relative_error
 from test_module import ALL, gradient
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from amn_kernels import FusedSeqLoss
+from amn_kernels import FusedSeqLoss, functional
 
 SOME_REFERENCE = {"mse": 0.0, "moment": 1.0, "variance": 0.5, "weighting": "fixed"}
 
@@ -85,6 +85,23 @@ def test_every_option_compiles_without_graph_breaks():
     compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
     for got, wanted in zip(run(compiled, criterion), run(criterion, criterion), strict=True):
         assert relative_error(got, wanted) <= 1e-6
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
+def test_transforms_inside_of_what_is_compiled(transform):
+    pred, target = make_rows(9, 4, dtype=torch.float64)
+
+    def loss(x):
+        return functional.seq_loss(x, target, mse=1.0, infonce=0.5, weighting="fixed")[0]
+
+    transformed = {
+        "grad": lambda x: torch.func.grad(loss)(x),
+        "jvp": lambda x: torch.func.jvp(loss, (x,), (torch.ones_like(x),))[1],
+        "vmap": lambda x: torch.func.vmap(loss)(torch.stack((x, -x))),
+    }[transform]
+    compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(pred), transformed(pred))
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")
