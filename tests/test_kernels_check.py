@@ -9,6 +9,7 @@ import pytest
 import torch
 from kernels_check import banks, cuda_kernels, triton_kernels
 from kernels_check.banks import Banks
+from kernels_check.pending import refills_while_read
 from kernels_check.report import KernelReport, occupancy
 
 import amn_kernels.triton
@@ -129,7 +130,7 @@ def test_a_tile_too_large_is_found(monkeypatch):
     from amn_kernels.triton import small_groups
 
     # 256 dimensions of 64 rows on 128 threads are 128 registers for each of pred and target.
-    monkeypatch.setitem(small_groups._HALF, 64, small_groups.Tile(256, 4, 2))
+    monkeypatch.setitem(small_groups._HALF, 64, small_groups.Tile(256, 4, 1))
     kernels = []
     with compiling(90, lambda launch: kernels.append(launch.kernel)):
         triton_kernels.run_step(triton_kernels.Step((64, 768), triton_kernels.ALL), torch.bfloat16)
@@ -137,3 +138,56 @@ def test_a_tile_too_large_is_found(monkeypatch):
     assert "small_groups_kernel" in complaints[0][0]
     assert "spills" in complaints[0][0]
     assert complaints[1] == []
+
+
+@needs_triton
+@pytest.mark.parametrize(("rows", "dims"), [(64, 64), (128, 32)])
+def test_a_refill_under_a_pending_product_is_found(monkeypatch, rows, dims):
+    from amn_kernels.triton import small_groups
+
+    def complaints(stages):
+        monkeypatch.setitem(small_groups._HALF, rows, small_groups.Tile(dims, 8, stages))
+        kernels = []
+        with compiling(90, lambda launch: kernels.append(launch.kernel)):
+            triton_kernels.run_step(triton_kernels.Step((rows, 768), triton_kernels.ALL), torch.bfloat16)
+        return triton_kernels.read(kernels[0], 90, "bf16").complaints()
+
+    (complaint,) = complaints(2)
+    assert "small_groups_kernel" in complaint
+    assert "2 copies into shared memory that a wgmma may still be reading" in complaint
+    assert complaints(1) == []
+
+
+LOOP = """
+    %a = ttg.local_alloc : () -> !ttg.memdesc<1x64x64xbf16, #shared>
+    %slot = ttg.memdesc_index %a[%zero] : !ttg.memdesc<1x64x64xbf16, #shared> -> !ttg.memdesc<64x64xbf16, #shared>
+    %sum = scf.for %i = %zero to %dim step %c64 iter_args(%acc = %none) -> (tensor<64x64xf32>) : i32 {
+      COPY_FIRST
+      %view = ttg.memdesc_trans %slot {order = array<i32: 1, 0>} : !ttg.memdesc<64x64xbf16> -> !ttg.memdesc<64x64xbf16>
+      %dot = ttng.warp_group_dot %b, %view, %acc {isAsync = true} : !ttg.memdesc<64x64xbf16> -> tensor<64x64xf32>
+      %done = ttng.warp_group_dot_wait %dot {pendings = 1 : i32} : tensor<64x64xf32>
+      COPY_LAST
+      scf.yield %done : tensor<64x64xf32>
+    }
+    %last = ttng.warp_group_dot_wait %sum {pendings = 0 : i32} : tensor<64x64xf32>
+    COPY_AFTER
+"""
+COPY = "%token = ttg.async_copy_global_to_local %from, %slot mask %m : tensor<64x64x!tt.ptr<bf16>> -> <64x64xbf16>"
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "found"),
+    [
+        ("COPY_LAST", ("", ""), 1),
+        ("COPY_FIRST", ("", ""), 1),  # of the next iteration
+        ("COPY_AFTER", ("", ""), 0),
+        ("COPY_LAST", ("pendings = 1", "pendings = 0"), 0),
+        ("COPY_LAST", (" {isAsync = true}", ""), 0),
+        ("COPY_LAST", ("memdesc<1x64", "memdesc<2x64"), 0),  # nothing is known of these
+        ("COPY_LAST", ("memdesc_trans %slot", "memdesc_trans %other"), 0),
+    ],
+)
+def test_which_refills_are_found(place, change, found):
+    code = LOOP.replace(place, COPY)
+    assert change[0] in code
+    assert refills_while_read(code.replace(*change) if change[0] else code) == found

@@ -11,6 +11,7 @@ import torch
 
 from bench.launches import compiling
 
+from .pending import refills_while_read
 from .report import ARCHITECTURES, KernelReport, occupancy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -115,6 +116,8 @@ def read(kernel, arch: int, dtype: str) -> KernelReport:
         notes.append(used[0] if used else "FMA")
         if dtype != "fp32" and not used:
             failures.append("a product of low precision without tensor cores")
+    if refills := refills_while_read(kernel.asm["ttgir"]):
+        failures.append(f"{refills} copies into shared memory that a wgmma may still be reading")
     arguments = set(re.findall(r"%(\w+): !tt\.ptr", ttir))
     if arguments & set(ROWS) and name not in NARROW:
         wide = re.search(r"ld\.global[\w.:]*\.(v4\.b32|v2\.b64|v8\.b32|v4\.b64)|cp\.async\.cg\.[^;]*0x10", ptx)
