@@ -117,7 +117,9 @@ inline void multiply(const Tensor& out_, const Tensor& a, const Tensor& b, bool 
   if (a.scalar_type() != out.scalar_type()) {
     const at::ScalarType wide = out.scalar_type();
     if (out.dim() == 2) {
-      accumulate ? at::addmm_out(out, out, a, b, wide) : at::mm_out(out, a, b, wide);
+      // As a batch of one where it is added to: addmm takes no float32 beside 16 bits before torch 2.10.
+      Tensor batch = out.unsqueeze(0);
+      accumulate ? at::baddbmm_out(batch, batch, a.unsqueeze(0), b.unsqueeze(0), wide) : at::mm_out(out, a, b, wide);
     } else {
       accumulate ? at::baddbmm_out(out, out, a, b, wide) : at::bmm_out(out, a, b, wide);
     }

@@ -65,10 +65,16 @@ def _register_products() -> None:
     def mm(a, b, out_dtype, *, out):
         return out.copy_(a.to(out_dtype) @ b.to(out_dtype))
 
-    def addmm(c, a, b, out_dtype, *, beta=1, alpha=1, out):
+    def baddbmm(c, a, b, out_dtype, *, beta=1, alpha=1, out):
         return out.copy_(beta * c + alpha * (a.to(out_dtype) @ b.to(out_dtype)))
 
-    for name, product in {"mm": mm, "bmm": mm, "addmm": addmm, "baddbmm": addmm}.items():
+    def addmm(c, a, b, out_dtype, *, beta=1, alpha=1, out):
+        # torch 2.8 and 2.9 refuse it, later ones do not.
+        if c.dtype != b.dtype:
+            raise RuntimeError(f"self and mat2 must have the same dtype, but got {c.dtype} and {b.dtype}")
+        return baddbmm(c, a, b, out_dtype, beta=beta, alpha=alpha, out=out)
+
+    for name, product in {"mm": mm, "bmm": mm, "addmm": addmm, "baddbmm": baddbmm}.items():
         products.impl(f"{name}.dtype_out", product, "CPU")
     _KEPT.append(products)
 

@@ -75,6 +75,22 @@ def test_extra_negatives_have_a_dtype_of_their_own(dtype, of_extra):
     assert relative_error(found, wanted) <= 1e-5 + torch.finfo(found.dtype).eps
 
 
+@pytest.mark.parametrize("negatives", ["all", "sequence"])
+def test_blocks_of_keys_of_16_bits_add_up(negatives):
+    """The second block is added to the first in float32, by a product that every supported torch has."""
+
+    def gradient(backend, *rows):
+        pred, target, extra = (x.view(2, -1, 24) if i < 2 else x for i, x in enumerate(rows))
+        leaf = pred.requires_grad_()
+        criterion = FusedSeqLoss(mse=0.0, infonce=1.0, negatives=negatives, weighting="fixed", backend=backend)
+        return torch.autograd.grad(criterion(leaf, target, extra_negatives=extra), leaf)[0]
+
+    rows = *make_rows(18, 24, dtype=torch.bfloat16), make_rows(5, 24, dtype=torch.bfloat16, seed=3)[0]
+    wanted = gradient("reference", *(x.double() for x in rows))
+    # Rounding of the weights and of the gradient to 8 bits.
+    assert relative_error(gradient("cuda", *rows), wanted) <= 2**-8
+
+
 def test_a_learned_temperature_of_16_bits_is_refused():
     """The kernels read float32 or float64; the module gives them no other."""
     pred, target = make_rows(9, 24)
