@@ -162,16 +162,19 @@ def _reference_unsupported(call: Call) -> str | None:
     return "it does not work over ranks" if call.options.over_ranks else None
 
 
-def _is_vmapped() -> bool:
-    if torch.compiler.is_compiling() or not _is_transformed():
-        return False  # the stack of transforms is not to be traced
-    functorch = torch._C._functorch
-    return any(level.key() == functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ())
-
-
 def _reference_run(call: Call) -> Outcome:
-    if call.weighting is not None and _is_vmapped():
-        raise ValueError(f"weighting must be 'fixed' under torch.func.vmap, got {shown(call.options.weighting)}")
+    # The stack of transforms is not to be traced.
+    if call.weighting is not None and _is_transformed() and not torch.compiler.is_compiling():
+        functorch, given = torch._C._functorch, shown(call.options.weighting)
+        levels = functorch.get_interpreter_stack() or ()
+        if any(level.key() == functorch.TransformType.Vmap for level in levels):
+            raise ValueError(f"weighting must be 'fixed' under torch.func.vmap, got {given}")
+        device = call.pred.device
+        if levels and isinstance(call.weighting, BalancedWeighting) and call.weighting.moves_in_python(device):
+            raise ValueError(
+                "weighting must be 'fixed', or the loss in eval mode, under torch.func transforms without compiled "
+                f"kernels for {device}, got {given}"
+            )
     return _run_unweighted(reference.term_outputs, call)
 
 
@@ -259,8 +262,8 @@ def info() -> str:
             backend = choose(call, requested(None))
             first = next(iter(BACKENDS.values()))
             # Why it is not there at all is said above.
-            passed = backend is first or first.why_unavailable()
-            why = "" if passed else f"  ({first.name}: {first.why_unsupported(call)})"
+            reason = None if first.why_unavailable() else first.why_unsupported(call)
+            why = f"  ({first.name}: {reason})" if reason else ""
             lines.append(f"  {what:<24} {backend.name}{why}")
         except ValueError as error:
             lines.append(f"  {what:<24} none: {error}")

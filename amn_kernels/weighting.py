@@ -14,6 +14,7 @@ from amn_kernels.checks import check_state
 from amn_kernels.constants import Constants
 from amn_kernels.options import LossOptions
 from amn_kernels.reference.balance import MOST, balance
+from amn_kernels.reference.seq_loss import without_autocast
 
 HINGES = frozenset(("moment", "variance"))
 """Penalties that fade to zero when they are met; amplified, they would pull hardest when they have least to say."""
@@ -69,6 +70,10 @@ class BalancedWeighting(nn.Module):
         Without a Gram matrix (no gradient for pred was asked for), gradient weights come from the state as it is.
         """
         return _step_for(values.device)(values, gram, *self.arguments(values.device))
+
+    def moves_in_python(self, device: torch.device) -> bool:
+        """Whether a call there writes to the state by operations that torch.func sees, and refuses."""
+        return self.training and _step_for(device) is balance
 
     def arguments(self, device: torch.device) -> tuple:
         """State and options, as `amn_kernels.reference.balance.balance` takes them from ``mean`` on.
@@ -131,6 +136,11 @@ def _step_for(device: torch.device) -> Callable[..., Tensor]:
     return balance
 
 
+@without_autocast
+def _scale(gramian: Tensor, values: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    return function(gramian, values)
+
+
 class CallableWeighting(nn.Module):
     """Weights λ_i f(Gram, values)_i by a function of the caller, over the terms that are on, in signature order."""
 
@@ -149,7 +159,7 @@ class CallableWeighting(nn.Module):
         weights = lambdas.to(values.dtype, copy=True)
         if gram is None:
             return weights
-        scale = self.function(gram[some][:, some], values[some])
+        scale = _scale(gram[some][:, some], values[some], self.function)
         if not isinstance(scale, Tensor) or scale.shape != (len(some),):
             raise ValueError(
                 f"weighting must return a tensor of shape [{len(some)}], one weight per enabled term, "

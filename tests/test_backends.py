@@ -1,6 +1,7 @@
 """Which backend serves a call, and that it is the same loss whichever does."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -177,6 +178,8 @@ def test_info(monkeypatch):
     assert "torch.func transforms    reference" in report
     monkeypatch.setenv("AMN_KERNELS_BACKEND", "cpu")
     assert "AMN_KERNELS_BACKEND: cpu" in backends.info()
+    monkeypatch.setenv("AMN_KERNELS_BACKEND", "reference")
+    assert re.findall(r"^  moment +(.*)$", backends.info(), flags=re.M) == ["reference"]
 
 
 MISSING_EXTENSION = """

@@ -27,6 +27,7 @@ def step(request, monkeypatch):
     """Every test runs on the compiled step and on its twin in plain PyTorch."""
     if request.param == "plain":
         monkeypatch.setattr(ops, "balance", balance)
+    return request.param
 
 
 def observe(weighting, *observed):
@@ -299,6 +300,36 @@ def test_callable_must_return_a_weight_per_term():
     pred, target = make_rows(4, 3)
     with pytest.raises(ValueError, match=r"weighting must return .*\[2\].*got \[1\]"):
         criterion(pred.requires_grad_(), target)
+
+
+def test_a_function_runs_outside_of_autocast():
+    def function(gramian, values):
+        return (gramian @ torch.ones_like(values)).rsqrt()
+
+    pred, target = make_rows(40, 8)
+    criterion = FusedSeqLoss(mse=0.5, infonce=2.0, weighting=function)
+    criterion(pred.requires_grad_(), target)
+    wanted = criterion.stats.weights
+    with torch.autocast("cpu", torch.bfloat16):
+        criterion(pred, target)
+    assert torch.equal(criterion.stats.weights, wanted)
+
+
+@pytest.mark.parametrize("kind", ["gradient", "value"])
+def test_under_a_transform_the_state_moves_or_it_is_an_error(kind, step):
+    pred, target = make_rows(12, 5)
+    criterion = FusedSeqLoss(mse=0.5, infonce=0.5, weighting=kind)
+    if step == "plain":
+        with pytest.raises(ValueError, match=rf"'fixed', or the loss in eval mode, .* for cpu, got '{kind}'"):
+            torch.func.grad(criterion)(pred, target)
+    else:
+        torch.func.grad(criterion)(pred, target)
+        assert criterion.weighting.updates.tolist() == [1, 1]
+    criterion.eval()
+    got = torch.func.grad(criterion)(pred, target)
+    leaf = pred.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(criterion(leaf, target), leaf)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
 def ones(gram, values):
