@@ -220,11 +220,22 @@ def test_early_stopping_counts_epochs_without_a_better_cosine(data, tmp_path, mo
     assert [row["is_best"] for row in history] == [True, True, False, False]
 
 
-def test_learning_rate_is_halved_on_a_plateau(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "mean_cosine", lambda *_: 0.5)
+@pytest.mark.parametrize("cosine", [0.5, -0.5])
+def test_learning_rate_is_halved_on_a_plateau(data, tmp_path, monkeypatch, cosine):
+    monkeypatch.setattr(trainer, "mean_cosine", lambda *_: cosine)
     history = train(config_of(data, tmp_path / "run", epochs=6, patience=0), quiet())
     # Epoch 1 is the best; the third without a better one halves the rate of the next.
     assert [row["lr"] for row in history] == [2e-3] * 4 + [1e-3] * 2
+
+
+@pytest.mark.parametrize("start", [0.5, -0.5])
+def test_learning_rate_stays_while_the_cosine_rises_however_little(data, tmp_path, monkeypatch, start):
+    # Validation and training cosine of epochs 1, 2, ...
+    cosines = iter([start + 1e-5 * epoch for epoch in range(6) for _ in range(2)])
+    monkeypatch.setattr(trainer, "mean_cosine", lambda *_: next(cosines))
+    history = train(config_of(data, tmp_path / "run", epochs=6, patience=0), quiet())
+    assert all(row["is_best"] for row in history)
+    assert [row["lr"] for row in history] == [2e-3] * 6
 
 
 def test_train_cosine_is_measured_like_the_validation_cosine(data, tmp_path, monkeypatch):

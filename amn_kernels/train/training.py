@@ -137,7 +137,10 @@ def make_schedule(
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning rate: by the validation cosine once an epoch, or by the number of updates."""
     if config.schedule == "plateau":
-        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=PLATEAU_EPOCHS)
+        # Without the threshold, any cosine above the best one is better, as it is for the best epoch.
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, "max", factor=0.5, patience=PLATEAU_EPOCHS, threshold=0.0
+        )
 
     def factor(step: int) -> float:
         if step < config.warmup:
