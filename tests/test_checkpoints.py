@@ -148,3 +148,23 @@ def test_a_twin_with_the_same_shapes_is_refused(tmp_path):
         check_probe(tmp_path / "other", AMN(9), tensors)
     with pytest.raises(ValueError, match=r"bare: damaged, or not of this model .'probe\.context'"):
         check_probe(tmp_path / "bare", AMN(8), model.state_dict())
+
+
+def test_predictions_that_are_not_finite_are_no_other_architecture(tmp_path):
+    model, contexts = randomised(AMN(8)), torch.randn(4, 5, 8)
+    nn.init.constant_(model.residual[-1].bias, torch.nan)
+    tensors = {**model.state_dict(), **probe_tensors(model, contexts)}
+    with pytest.raises(ValueError, match="nan: damaged, or of a training that diverged: its saved predictions aren't"):
+        check_probe("nan", AMN(8), tensors)
+
+
+def test_probes_are_predicted_without_tf32():
+    class Recorder(nn.Module):
+        def forward(self, context):
+            seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+            return context[:, -1]
+
+    seen, before = [], (torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32)
+    probe_tensors(Recorder(), torch.randn(4, 5, 8))
+    assert seen == [(True, False)]
+    assert (torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32) == before

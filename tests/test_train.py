@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel
 
 from amn_kernels import FusedSeqLoss
 from amn_kernels.data import IndexedWindows, split_windows
@@ -266,6 +267,39 @@ def test_divergence_is_reported_and_leaves_no_checkpoint_of_it(data, tmp_path, m
     with pytest.raises(FloatingPointError, match="diverged in epoch 1"):
         train(config_of(data, tmp_path / "run"), quiet())
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "poisoned", "kept"),  # of 14 updates an epoch
+    [
+        ({"checkpoint_every": 1}, 18, ["step-000000016", "step-000000017"]),
+        # In the last update, with a mean of the weights that lags behind: the epoch's validation is good.
+        ({"ema_decay": 0.9}, 28, ["step-000000014"]),
+    ],
+)
+def test_the_last_good_checkpoints_stay_when_training_diverges(data, tmp_path, monkeypatch, options, poisoned, kept):
+    """A NaN in a gradient is in all weights after the clipping of norms."""
+    config = config_of(data, tmp_path / "run", **options)
+    clip, average, calls = trainer.nn.utils.clip_grad_norm_, AveragedModel.update_parameters, []
+
+    def poisoning(parameters, *arguments):
+        parameters = list(parameters)
+        calls.append(None)
+        if len(calls) == poisoned:
+            parameters[0].grad[0, 0] = torch.nan
+        return clip(parameters, *arguments)
+
+    monkeypatch.setattr(trainer.nn.utils, "clip_grad_norm_", poisoning)
+    monkeypatch.setattr(
+        AveragedModel, "update_parameters", lambda *given: average(*given) if len(calls) != poisoned else None
+    )
+    with pytest.raises(FloatingPointError, match="diverged in epoch 2: its predictions aren't finite"):
+        train(config, quiet())
+    checkpoints = sorted((config.out / "checkpoints").iterdir())
+    assert [path.name for path in checkpoints] == kept
+    assert all(weight.isfinite().all() for path in checkpoints for weight in load_checkpoint(path)["model"].values())
+    train(dataclasses.replace(config, resume=True), quiet())
+    assert len(load_history(config.out)) == 3
 
 
 @pytest.mark.parametrize(

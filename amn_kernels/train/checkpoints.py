@@ -91,7 +91,7 @@ def check_probe(where: Path | str, model: nn.Module, tensors: dict[str, Tensor])
 
     Raises ValueError if weights don't fit, or fit by name and shape only: another class with the same parameters makes
     something else of the same contexts. Predictions may differ by 1e-3 of their norm, which another machine's rounding
-    stays far below.
+    stays far below. Also if what was saved isn't finite.
     """
     weights = dict(tensors)
     try:
@@ -101,6 +101,8 @@ def check_probe(where: Path | str, model: nn.Module, tensors: dict[str, Tensor])
         off = ((found - wanted).norm() / wanted.norm().clamp(min=1e-12)).item()
     except (KeyError, RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ValueError(f"{where}: damaged, or not of this model ({error})") from error
+    if not wanted.isfinite().all():
+        raise ValueError(f"{where}: damaged, or of a training that diverged: its saved predictions aren't finite")
     if not off <= 1e-3:
         raise ValueError(
             f"{where}: the weights fit {type(model).__name__} in name and shape, but its predictions are off by "
@@ -114,7 +116,9 @@ def _predict(model: nn.Module, contexts: Tensor) -> Tensor:
     training = model.training
     model.eval()
     device = next(model.parameters(), torch.empty(0)).device
-    prediction = model(contexts.to(device)).float().cpu()
+    # cuDNN computes LSTM and GRU in TF32 otherwise, which rounds a thousand times as much as another machine's float32.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        prediction = model(contexts.to(device)).float().cpu()
     model.train(training)
     return prediction
 

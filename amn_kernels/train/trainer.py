@@ -194,8 +194,13 @@ def validate(training: Training, split: Split, subset: np.ndarray) -> dict:
 
 
 def save(training: Training) -> None:
-    """A checkpoint of the training as it is."""
+    """A checkpoint of the training as it is; FloatingPointError in all processes if its predictions aren't finite."""
     state = training.state()  # of all processes
+    # It would push out the last good checkpoint.
+    if training.ranks.any(not state["probe"]["probe.prediction"].isfinite().all(), training.device):
+        # Between epochs the next one has begun.
+        epoch = training.progress.epoch - (training.progress.batch == 0)
+        raise FloatingPointError(f"training diverged in epoch {epoch}: its predictions aren't finite")
     if training.ranks.rank == 0:
         save_checkpoint(training.config.out / CHECKPOINTS, training.progress.step, state, training.config.keep)
 
