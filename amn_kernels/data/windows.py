@@ -159,7 +159,8 @@ def split_windows(windows: Windows) -> Split:
     """80% training, 10% validation, 10% test; no vector of one part is in another, copies in the data aside.
 
     By article: a seeded permutation of the articles that have windows. Without articles, or with fewer than 10, in
-    three contiguous blocks with T windows left out between them, because windows less than T + 1 apart share vectors.
+    three contiguous blocks with T windows left out between them, because windows less than T + 1 apart share vectors;
+    of ready windows that are not in reading order this says nothing.
     Raises ValueError if a part would be empty.
     """
     articles = np.unique(windows.article) if windows.article is not None else np.empty(0)
