@@ -9,6 +9,7 @@ import pytest
 
 from amn_kernels import cli
 from amn_kernels.data import load_windows, split_windows
+from amn_kernels.train.baselines import fit_baselines
 
 
 @pytest.fixture
@@ -126,6 +127,37 @@ def test_evaluate_refuses_windows_of_another_size(user_file, tmp_path, capsys):
     for option in ("--data", "--ood"):
         message = failing(["evaluate", str(out), option, str(wide)], capsys)
         assert f"{wide}: windows of 4 vectors of size 9, but the model is trained on 4 of size 8" in message
+
+
+def test_evaluate_refuses_data_that_changed_since_the_training(user_file, tmp_path, capsys):
+    """More articles under the same name are split anew; named, the file is one like any other."""
+    out = str(tmp_path / "run")
+    assert cli.main(["train", "--data", str(user_file), "--out", out, "--epochs", "1"]) == 0
+    with np.load(user_file) as content:
+        vectors, article = content["vectors"], content["article"]
+    user_file.unlink()
+    np.savez(
+        user_file, vectors=np.concatenate([vectors, vectors[::-1]]), article=np.concatenate([article, article + 30])
+    )
+    assert f"{user_file}: not the vectors and articles that {out} was trained on" in failing(["evaluate", out], capsys)
+    assert cli.main(["evaluate", out, "--data", str(user_file)]) == 0
+    capsys.readouterr()
+
+
+def test_evaluate_on_other_data_says_what_the_baselines_are_of(user_file, tmp_path, capsys):
+    out, other, figures = str(tmp_path / "run"), tmp_path / "other.npz", tmp_path / "figures.json"
+    assert cli.main(["train", "--data", str(user_file), "--out", out, "--epochs", "1"]) == 0
+    with np.load(user_file) as content:
+        np.savez(other, vectors=content["vectors"][::-1], article=content["article"])
+    for options, name in (([], user_file), (["--data", str(other)], other)):
+        capsys.readouterr()
+        assert cli.main(["evaluate", out, *options, "--json", str(figures)]) == 0
+        assert f"training windows of {name}, as are the training mean and the subspace" in capsys.readouterr().out
+        content = json.loads(figures.read_text())
+        windows = load_windows(name)
+        fitted = fit_baselines(windows, split_windows(windows).train)
+        assert content["fitted_on"] == str(name)
+        assert content["mix"]["mean"] == pytest.approx(fitted.mean_coefficient)
 
 
 def test_a_run_whose_contexts_are_longer_than_the_bundled_pages_is_evaluated(tmp_path, capsys):

@@ -172,11 +172,11 @@ def test_words_say_that_predictions_stay_in_the_subspace_of_the_training_text():
     units = unit(F.pad(train, (0, 48)))
     check = CollapseCheck(targets, mean, ROWS, TrainSubspace(units.T @ units))
     weak = 0.3 * targets + torch.randn(ROWS, 64, generator=generator)
-    assert "subspace of its training text" not in check.panel(weak, weak).words
+    assert "subspace of the training text" not in check.panel(weak, weak).words
     weak[:, 16:] = 0
     panel = check.panel(weak, weak)
     assert panel.lift < WEAK * panel.reference_lift
-    assert "it stays in the subspace of its training text (88% of its energy, the targets have 2" in panel.words
+    assert "it stays in the subspace of the training text (88% of its energy, the targets have 2" in panel.words
 
 
 def test_predictions_without_a_direction_or_a_number():

@@ -236,7 +236,7 @@ def test_verdicts_on_the_bundled_vectors():
         assert evaluation.collapse[LAST].order_sensitivity > 0.3
     assert inside.metrics["home"]["cosine"] > inside.metrics[TRAIN_MEAN]["cosine"]
     assert outside.metrics["home"]["skill_mean"] < -0.5
-    assert "it stays in the subspace of its training text (100% of its energy" in outside.collapse["home"].words
+    assert "it stays in the subspace of the training text (100% of its energy" in outside.collapse["home"].words
     assert outside.collapse["home"].target_subspace < 0.6 < 0.85 < inside.collapse["home"].target_subspace
 
 
@@ -272,4 +272,4 @@ def test_printed_tables_say_it_in_words():
     low, high = evaluations[0].intervals[MEAN]["cosine"]
     assert f"{low:.3f} ... {high:.3f}" in printed
     assert f"{evaluations[0].metrics[LAST]['skill_mean']:.3f}" in printed
-    assert "least squares on the training windows" in printed
+    assert "least squares on the training windows of themes" in printed

@@ -110,7 +110,7 @@ def test_figures_are_of_the_windows_that_are_named(options, tmp_path, monkeypatc
         assert after["inside"] == before["inside"]
         if after["run"] != WRONG_LOADER:
             folder = next(run.folder for run in REPLAYED if run.name == after["run"])
-            model = load_run(out / "amn" / folder / "seed-0")[-1]
+            model = load_run(out / "amn" / folder / "seed-0").model
             cosine = mean_cosine(model, windows, np.arange(len(windows)))
             assert after["outside"]["metrics"]["cosine"] == pytest.approx(cosine, abs=1e-6)
     # The bundled documentation does not fit, so there is no second set.

@@ -36,7 +36,7 @@ def test_sweep_end_to_end(user_file, tmp_path, capsys):
     printed = capsys.readouterr().out
     for point in points:
         folder = out / f"seed-{point['seed']}" / f"{point['weighting'].lower().replace(' ', '-')}-{point['share']:g}"
-        config = load_run(folder)[0]
+        config = load_run(folder).config
         assert config.seed == point["seed"]
         (epoch,) = load_history(folder)
         assert epoch["validation_cosine"] == pytest.approx(point["metrics"]["cosine"], abs=1e-6)

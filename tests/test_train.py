@@ -133,9 +133,9 @@ def test_best_checkpoint_is_the_epoch_with_the_best_validation_cosine(data, tmp_
     history = train(config_of(data, out, epochs=4, lambda_info=5.0, lr=0.05), quiet())
     best = max(history, key=lambda row: row["validation_cosine"])
     assert [row["epoch"] for row in history if row["is_best"]][-1] == best["epoch"]
-    _, dim, context, model = load_run(out)
-    assert (dim, context, model.training) == (8, 5, False)
     windows = trainer.load_windows(data)
+    config, dim, context, fingerprint, model = load_run(out)
+    assert (config.out, dim, context, fingerprint, model.training) == (out, 8, 5, windows.fingerprint, False)
     rows = trainer.split_windows(windows).validation
     assert trainer.mean_cosine(model, windows, rows) == pytest.approx(best["validation_cosine"], abs=1e-6)
     check_probe(out / "last.safetensors", model, load_file(out / "last.safetensors"))

@@ -3,24 +3,28 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+import torch
 from test_train import RUN_FILES, config_of, data, one_thread, quiet  # noqa: F401  fixtures
 from torch import nn
 
+from amn_kernels.data import load_windows
 from amn_kernels.train import runs, trainer
 from amn_kernels.train.checkpoints import newest_checkpoint
-from amn_kernels.train.models import MODELS
+from amn_kernels.train.models import AMN, MODELS
 from amn_kernels.train.runs import (
     interrupts_deferred,
     load_history,
     load_run,
     prepare_folder,
     save_config,
+    save_epoch,
     write_atomically,
 )
 from amn_kernels.train.trainer import train
@@ -102,7 +106,7 @@ def test_a_run_killed_while_its_first_file_is_written_starts_again(data, tmp_pat
         try:
             runs.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
             prepare_folder(config.out, overwrite=False, resume=True)
-            save_config(config.out, config, dim=8, context=5)
+            save_config(config.out, config, load_windows(data))
         finally:
             os._exit(1)  # never back into the tests
     _, status = os.waitpid(child, 0)
@@ -224,7 +228,7 @@ def test_written_files_have_the_usual_permissions(tmp_path):
 def test_config_survives_the_round_trip(data, tmp_path):  # noqa: F811
     config = config_of(data, tmp_path / "run", epochs=1, lambda_info=0.25, weighting="value")
     train(config, quiet())
-    assert load_run(tmp_path / "run")[0] == config
+    assert load_run(tmp_path / "run").config == config
 
 
 class Tied(nn.Module):
@@ -244,10 +248,16 @@ def test_tied_weights_are_saved_and_loaded(data, tmp_path, monkeypatch):  # noqa
     monkeypatch.setitem(MODELS, "tied", Tied)
     config = config_of(data, tmp_path / "run", epochs=1, model="tied")
     train(config, quiet())
-    model = load_run(config.out)[-1]
+    model = load_run(config.out).model
     assert model.first.weight is model.second.weight
     train(dataclasses.replace(config, epochs=2, resume=True), quiet())
     assert len(load_history(config.out)) == 2
+
+
+def test_what_is_not_finite_is_null_in_the_history(tmp_path):
+    history = [{"epoch": 1, "loss_mse": math.inf, "top1": math.nan, "lr": 0.5}]
+    save_epoch(tmp_path, AMN(8), torch.ones(2, 3, 8), history, is_best=True)
+    assert load_history(tmp_path) == [{"epoch": 1, "loss_mse": None, "top1": None, "lr": 0.5}]
 
 
 def test_damaged_runs_name_the_file(data, tmp_path):  # noqa: F811

@@ -134,6 +134,18 @@ def test_other_data_under_the_same_name_are_refused(data, tmp_path):  # noqa: F8
         train(dataclasses.replace(longer, epochs=3), quiet())
 
 
+def test_a_resume_without_the_weights_of_the_best_epoch_is_refused(data, tmp_path):  # noqa: F811
+    """They are no part of a checkpoint: where no later epoch is better, the run could not be evaluated."""
+    config = config_of(data, tmp_path / "run", epochs=1)
+    train(config, quiet())
+    (config.out / "best.safetensors").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"best\.safetensors: no such file; .* has the weights of epoch 1, the b"
+    ):
+        train(dataclasses.replace(config, epochs=2, resume=True), quiet())
+    assert [row["epoch"] for row in load_history(config.out)] == [1]
+
+
 @pytest.mark.parametrize("moment", ["in the first epoch", "between the first epoch's files and its checkpoint"])
 def test_a_run_killed_before_its_first_checkpoint_starts_again(data, tmp_path, monkeypatch, moment):  # noqa: F811
     whole = config_of(data, tmp_path / "whole", epochs=2)

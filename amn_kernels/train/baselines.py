@@ -31,8 +31,9 @@ def copy_last(context: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Baselines:
     """The untrained predictors; `train_mean` [D], the mix's two coefficients and the subspace that evaluations look for
-    predictions in come from the training windows."""
+    predictions in come from the training windows of the data that is named."""
 
+    fitted_on: str
     train_mean: Tensor
     train_subspace: TrainSubspace
     mean_coefficient: float
@@ -68,4 +69,6 @@ def fit_baselines(windows: Windows, rows: np.ndarray) -> Baselines:
         directions += units.T @ units
     # The pseudoinverse because with one context vector mean and last are the same and the fit isn't unique.
     a, b = (torch.linalg.pinv(normal, hermitian=True) @ moment).tolist()
-    return Baselines((total / len(rows)).float(), TrainSubspace(directions), mean_coefficient=a, last_coefficient=b)
+    return Baselines(
+        windows.name, (total / len(rows)).float(), TrainSubspace(directions), mean_coefficient=a, last_coefficient=b
+    )

@@ -163,7 +163,7 @@ class CollapseCheck:
         if stays < (1 - figures["target_subspace"]) / 2:
             return ""
         return (
-            f"; it stays in the subspace of its training text ({figures['subspace']:.0%} of its energy, the targets "
+            f"; it stays in the subspace of the training text ({figures['subspace']:.0%} of its energy, the targets "
             f"have {figures['target_subspace']:.0%} there)"
         )
 

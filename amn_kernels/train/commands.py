@@ -70,7 +70,7 @@ def evaluate(
 
     Args:
         run: Folder of the run.
-        data: Another NPZ file than the run was trained on.
+        data: Another NPZ file than the run was trained on; untrained baselines are then fitted to its training part.
         split: The part of the data to evaluate on.
         ood: NPZ file for the out-of-distribution figures; default: the bundled documentation, if it fits D and T.
         json: Also write the figures to this file.

@@ -73,7 +73,7 @@ def demo(config: DemoConfig, console: Console) -> str:
         out = config.out / run.folder
         console.rule(run.name)
         train(dataclasses.replace(SETTINGS, out=out, overwrite=config.overwrite, **run.options), console)
-        models[run.name] = load_run(out)[-1]
+        models[run.name] = load_run(out).model
         histories[run.name] = load_history(out)
         ratios[run.name] = probe_ratio(models[run.name], windows, split_windows(windows).validation)
     _, (inside, outside) = compare(models, windows, "validation", ood)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,7 +17,7 @@ from amn_kernels.train.baselines import LAST, MEAN, TRAIN_MEAN, Baselines, Predi
 from amn_kernels.train.bootstrap import Bootstrap, cluster_numbers
 from amn_kernels.train.collapse import HINTS, CollapseCheck, CollapsePanel
 from amn_kernels.train.metrics import HITS, RetrievalTask
-from amn_kernels.train.runs import load_run, write_atomically
+from amn_kernels.train.runs import CONFIG, load_run, without_nan, write_atomically
 
 # Metric -> the untrained predictor whose distance 1 - cosine it is relative to.
 SKILLS = {"skill_mean": MEAN, "skill_last": LAST, "skill_train_mean": TRAIN_MEAN}
@@ -56,13 +55,20 @@ def evaluate_run(
 ) -> tuple[Baselines, list[Evaluation]]:
     """Evaluates a run's best model as `compare` does, on the data it was trained on or another file.
 
-    ood: as in `load_ood`. Raises FileNotFoundError and ValueError for runs and files that can't be used, and for a D or
-    T other than the run's.
+    Of another file the baselines and the subspace are those of that file's training windows, not of the run's.
+    ood: as in `load_ood`. Raises FileNotFoundError and ValueError for runs and files that can't be used, for a D or T
+    other than the run's, and without `data` for a file that changed since the training: its split may be another, with
+    windows in it that were trained on.
     """
-    config, dim, context, model = load_run(run)
-    windows = load_windows(data or config.data, context)
-    _check_fit(windows, dim, context)
-    return compare({run.resolve().name: model}, windows, split, load_ood(ood, dim, context))
+    trained = load_run(run)
+    windows = load_windows(data or trained.config.data, trained.context)
+    _check_fit(windows, trained.dim, trained.context)
+    if data is None and windows.fingerprint != trained.fingerprint:
+        raise ValueError(
+            f"{windows.name}: not the vectors and articles that {run} was trained on (the fingerprint in {CONFIG} is "
+            "another); name the file with --data to evaluate on it as on any other"
+        )
+    return compare({run.resolve().name: trained.model}, windows, split, load_ood(ood, trained.dim, trained.context))
 
 
 def load_ood(path: Path | None, dim: int, context: int) -> Windows | None:
@@ -213,7 +219,8 @@ def print_evaluations(console: Console, baselines: Baselines, evaluations: list[
             console.print()
     console.print(
         f"mean-last mix: {baselines.mean_coefficient:.3f} * mean of context + {baselines.last_coefficient:.3f} * last, "
-        "least squares on the training windows. excl.: the window's own context vectors aren't candidates. "
+        f"least squares on the training windows of {baselines.fitted_on}, as are the training mean and the subspace.\n"
+        "excl.: the window's own context vectors aren't candidates. "
         "Ties count against the model; exact copies of the own target neither help nor hinder.\n"
         "95%: bootstrap over articles. margin: cosine with the target minus that with the last context vector. skill: "
         "part of the untrained predictor's 1 - cosine that is removed; below 0 is worse than untrained.\n"
@@ -260,18 +267,13 @@ def interval_text(interval: Interval) -> str:
 
 
 def save_evaluations(path: Path, baselines: Baselines, evaluations: list[Evaluation]) -> None:
-    """The same figures as JSON: {"mix": {"mean", "last"}, "evaluations": [the fields of Evaluation]}; NaN is null."""
+    """The same figures as JSON; NaN is null.
+
+    {"fitted_on", "mix": {"mean", "last"}, "evaluations": [the fields of Evaluation]}
+    """
     content = {
+        "fitted_on": baselines.fitted_on,
         "mix": {"mean": baselines.mean_coefficient, "last": baselines.last_coefficient},
         "evaluations": [dataclasses.asdict(evaluation) for evaluation in evaluations],
     }
     write_atomically(path, json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n")
-
-
-def without_nan(content: object) -> object:
-    """The same nest of dictionaries and lists with None, which JSON has, for NaN and infinity, which it hasn't."""
-    if isinstance(content, dict):
-        return {name: without_nan(value) for name, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [without_nan(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -24,9 +24,9 @@ from amn_kernels.stats import DominanceWarning
 from amn_kernels.train.comparison import SUFFIX, WRONG_LOADER, comparison_table, find_goals, summarise
 from amn_kernels.train.config import TrainConfig
 from amn_kernels.train.demo import GRADIENT, MSE_ONLY, RUNS, SETTINGS, DemoRun
-from amn_kernels.train.evaluate import EvaluationSet, Figures, evaluation_sets, load_ood, without_nan
+from amn_kernels.train.evaluate import EvaluationSet, Figures, evaluation_sets, load_ood
 from amn_kernels.train.models import AMN, MODELS, takes_residual
-from amn_kernels.train.runs import load_history, load_run, write_atomically
+from amn_kernels.train.runs import load_history, load_run, without_nan, write_atomically
 from amn_kernels.train.trainer import train
 
 REPLAYED = [*RUNS, DemoRun("gradient 0.9/0.1", "gradient-90", {"lambda_mse": 0.9, "lambda_info": 0.1})]
@@ -196,7 +196,7 @@ def _run(run: DemoRun, options: TrainConfig, sets: dict[str, EvaluationSet], pat
 
 def _measure(run: DemoRun, options: TrainConfig, sets: dict[str, EvaluationSet], path: Path) -> list[dict]:
     """Writes and returns the figures of a trained run, and of its weights in the wrong class where there is one."""
-    model, history = load_run(options.out)[-1], load_history(options.out)
+    model, history = load_run(options.out).model, load_history(options.out)
     results = [run_result(run.name, options, model, history, sets)]
     if options.model == "amn" and run.name == MSE_ONLY:
         twin = AMNTwin(next(iter(sets.values())).task.windows.dim).eval()

@@ -7,6 +7,7 @@ a few contexts), and the folder checkpoints/ of `amn_kernels.train.checkpoints`,
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,11 +15,13 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from amn_kernels.data import Windows
 from amn_kernels.train.checkpoints import check_probe, probe_tensors
 from amn_kernels.train.config import TrainConfig
 from amn_kernels.train.logs import TENSORBOARD
@@ -103,13 +106,14 @@ def _litter(out: Path) -> list[Path]:
     return [path for pattern in (GONE, *writes) for path in out.glob(pattern)]
 
 
-def save_config(out: Path, config: TrainConfig, dim: int, context: int) -> None:
-    """config.json: every option, and the data's D (`dim`) and T (`context`), which the model is built from."""
+def save_config(out: Path, config: TrainConfig, windows: Windows) -> None:
+    """config.json: every option, and the data's D (`dim`) and T (`context`), to build the model of, and fingerprint."""
     values = {
         name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()
     }
     values["data"] = None if config.data is None else str(config.data.resolve())
-    write_atomically(out / CONFIG, json.dumps(values | {"dim": dim, "context": context}, indent=2) + "\n")
+    of_data = {name: getattr(windows, name) for name in ("dim", "context", "fingerprint")}
+    write_atomically(out / CONFIG, json.dumps(values | of_data, indent=2) + "\n")
 
 
 def save_epoch(out: Path, model: nn.Module, probe: Tensor, history: list[dict], is_best: bool) -> None:
@@ -120,13 +124,33 @@ def save_epoch(out: Path, model: nn.Module, probe: Tensor, history: list[dict], 
     write_atomically(out / LAST, content)
     if is_best:
         write_atomically(out / BEST, content)
-    # JSON has no NaN: what was not defined in an epoch is null.
-    rows = [{name: None if value != value else value for name, value in row.items()} for row in history]
+    rows = without_nan(history)
     write_atomically(out / HISTORY, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
-def load_run(out: Path) -> tuple[TrainConfig, int, int, nn.Module]:
-    """Config, D, T and best model (in eval mode) of a run; FileNotFoundError or ValueError naming the file at fault."""
+def without_nan(content: object) -> object:
+    """The same nest of dictionaries and lists with None, which JSON has, for NaN and infinity, which it hasn't."""
+    if isinstance(content, dict):
+        return {name: without_nan(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+class Run(NamedTuple):
+    """A trained run, as it is read from its folder."""
+
+    config: TrainConfig
+    dim: int
+    context: int
+    fingerprint: str
+    """Of the windows that it was trained on."""
+    model: nn.Module
+    """The best one, in eval mode."""
+
+
+def load_run(out: Path) -> Run:
+    """The run in a folder; FileNotFoundError or ValueError naming the file at fault."""
     for name in (CONFIG, BEST):
         if not (out / name).is_file():
             raise FileNotFoundError(f"{out / name}: no such file, {out} holds no trained run")
@@ -136,7 +160,7 @@ def load_run(out: Path) -> tuple[TrainConfig, int, int, nn.Module]:
         raise ValueError(f"{out / BEST}: damaged ({error})") from error
     try:
         values = json.loads((out / CONFIG).read_text())
-        dim, context = values.pop("dim"), values["context"]
+        dim, context, fingerprint = values.pop("dim"), values["context"], values.pop("fingerprint")
         values["data"] = None if values["data"] is None else Path(values["data"])
         config = TrainConfig(**values | {"out": Path(values["out"])})
         # A model of a damaged `dim` could take any amount of memory.
@@ -147,7 +171,7 @@ def load_run(out: Path) -> tuple[TrainConfig, int, int, nn.Module]:
     if model is None:
         raise ValueError(f"{out / BEST}: damaged, or not of this model (it has no probe of dimension {dim})")
     check_probe(out / BEST, model, tensors)
-    return config, dim, context, model.eval()
+    return Run(config, dim, context, fingerprint, model.eval())
 
 
 def load_history(out: Path) -> list[dict]:

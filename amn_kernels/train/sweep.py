@@ -92,7 +92,7 @@ def sweep(config: SweepConfig, console: Console) -> list[Point]:
             # Fixed weights are here to show just that.
             warnings.simplefilter("ignore", DominanceWarning)
             train(dataclasses.replace(run, out=out, overwrite=config.overwrite), Console(quiet=True))
-        metrics = task.evaluate(load_run(out)[-1])
+        metrics = task.evaluate(load_run(out).model)
         points.append(Point(weighting, share, run.seed, run.lambda_mse, run.lambda_info, metrics))
         console.print(
             f"{number}/{len(runs)}  {weighting:<10} share {share:<5g} seed {run.seed}  "

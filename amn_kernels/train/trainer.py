@@ -17,6 +17,7 @@ from amn_kernels.train.logs import check_tensorboard, epoch_line, progress_bar, 
 from amn_kernels.train.metrics import mean_cosine
 from amn_kernels.train.ranks import Ranks, connected_ranks
 from amn_kernels.train.runs import (
+    BEST,
     CHECKPOINTS,
     interrupts_deferred,
     prepare_folder,
@@ -73,6 +74,12 @@ def _train(config: TrainConfig, console: Console, device: torch.device, ranks: R
             training.restore(load_checkpoint(checkpoint))
         except ValueError as error:
             raise ValueError(f"{checkpoint} can't be resumed: {error}") from error
+        best = config.out / BEST
+        if training.progress.best_epoch and not best.is_file():
+            raise FileNotFoundError(
+                f"{best}: no such file; {checkpoint} can't be resumed without it, as it has the weights of epoch "
+                f"{training.progress.best_epoch}, the best one"
+            )
         order.bit_generator.state = training.progress.order
         done = f"epoch {training.progress.epoch}, {training.progress.step:,} updates done"
         console.print(f"resumed from {checkpoint}: {done}")
@@ -80,7 +87,7 @@ def _train(config: TrainConfig, console: Console, device: torch.device, ranks: R
         prepare_folder(config.out, config.overwrite, config.resume)
     if ranks.rank == 0:
         remove_litter(config.out)
-        save_config(config.out, config, windows.dim, windows.context)
+        save_config(config.out, config, windows)
     console.print(
         f"{config.model} on {windows.name}: {len(split.train):,} training, {len(split.validation):,} validation and "
         f"{len(split.test):,} test windows of {windows.context} x {windows.dim}; files in {config.out}"

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from amn_kernels.data.npz import check_array, npz_keys, open_npz
-from amn_kernels.data.windows import load_windows
+from amn_kernels.data.windows import IndexedWindows, load_windows
 from amn_kernels.train.checkpoints import load_checkpoint, save_checkpoint
 from amn_kernels.train.config import TrainConfig
 from amn_kernels.train.models import AMN
@@ -85,7 +85,8 @@ def run_bytes() -> dict[str, bytes]:
     """Every file of a good run of one epoch."""
     with tempfile.TemporaryDirectory() as folder:
         out, model = Path(folder), AMN(DIM)
-        save_config(out, TrainConfig(out=out), DIM, 3)
+        windows = IndexedWindows("vectors", **arrays(), context=3)
+        save_config(out, TrainConfig(out=out), windows)
         save_epoch(out, model, torch.ones(2, 3, DIM), [{"epoch": 0, "loss": None}, {"epoch": 1, "loss": 0.5}], True)
         return {file.name: file.read_bytes() for file in out.iterdir()}
 
@@ -315,14 +316,14 @@ def check_damaged_run(name: str, changes: list[Damage]) -> None:
     folder = _write_damaged(FOLDER / "run", run_bytes(), name, changes)
     try:
         load_history(folder)
-        _, dim, _, model = load_run(folder)
+        run = load_run(folder)
     except ValueError as error:
         _must_name(folder, error)
         return
-    assert dim == DIM
+    assert run.dim == DIM
     contexts = torch.ones(2, 3, DIM)
     with torch.no_grad():
-        wanted, found = load(run_bytes()["best.safetensors"])["probe.prediction"], model(contexts)
+        wanted, found = load(run_bytes()["best.safetensors"])["probe.prediction"], run.model(contexts)
     assert (found - wanted).norm() <= 3e-3 * wanted.norm(), f"{name} came back as another model, without an error"
 
 
