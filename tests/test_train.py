@@ -16,7 +16,7 @@ from amn_kernels.train import config as config_module
 from amn_kernels.train import trainer
 from amn_kernels.train.checkpoints import check_probe, load_checkpoint, newest_checkpoint
 from amn_kernels.train.config import TrainConfig
-from amn_kernels.train.models import Predictor, build_model
+from amn_kernels.train.models import MODELS, Predictor, build_model
 from amn_kernels.train.ranks import Ranks
 from amn_kernels.train.runs import load_history, load_run
 from amn_kernels.train.trainer import train
@@ -353,6 +353,18 @@ def test_every_option_reaches_the_loss_and_the_optimiser(data, tmp_path):
         (row,) = train(config_of(data, tmp_path / name, **common, **changes), quiet())
         losses.append((row["loss_mse"], row["loss_infonce"]))
     assert len(set(losses)) == len(losses)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_trains_in_half_precision(data, tmp_path, monkeypatch, model, amp):
+    monkeypatch.setattr(Predictor, "HIDDEN", 64)
+    cosines = [
+        train(config_of(data, tmp_path / each, model=model, amp=each, epochs=1), quiet())[-1]["validation_cosine"]
+        for each in ("off", amp)
+    ]
+    assert cosines[0] != cosines[1]
+    assert cosines[0] == pytest.approx(cosines[1], abs=0.05)
 
 
 def test_a_compiled_model_trains_like_the_plain_one(data, tmp_path):

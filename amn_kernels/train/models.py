@@ -86,7 +86,10 @@ class LSTM(Predictor):
 
     def predict(self, context: Tensor) -> Tensor:
         """As in `Predictor`."""
-        return self.output(self.lstm(context)[0][:, -1])
+        # On most CPUs oneDNN has no LSTM of 16 bits. On other devices autocast stays as it is.
+        with torch.autocast("cpu", enabled=False):
+            hidden = self.lstm(context)[0]
+        return self.output(hidden[:, -1])
 
 
 class GRU(Predictor):
