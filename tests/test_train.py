@@ -1,5 +1,6 @@
 """Training: what it learns, its history, repeatability, and what may be asked of it."""
 
+import contextlib
 import dataclasses
 import io
 
@@ -17,7 +18,7 @@ from amn_kernels.train import trainer
 from amn_kernels.train.checkpoints import check_probe, load_checkpoint, newest_checkpoint
 from amn_kernels.train.config import TrainConfig
 from amn_kernels.train.models import MODELS, Predictor, build_model
-from amn_kernels.train.ranks import Ranks
+from amn_kernels.train.ranks import Ranks, own_device
 from amn_kernels.train.runs import load_history, load_run
 from amn_kernels.train.trainer import train
 from amn_kernels.train.training import make_batches, make_training
@@ -381,6 +382,24 @@ def test_unknown_device_is_refused(data, tmp_path):
     with pytest.raises(ValueError, match="device 'abacus' can't be used"):
         train(config_of(data, tmp_path / "run", device="abacus"), quiet())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("processes", "batch_size", "rows"), [(17, 16, 16), (225, 1000, 224)])
+def test_more_processes_than_a_batch_has_windows_are_refused(data, tmp_path, monkeypatch, processes, batch_size, rows):
+    monkeypatch.setattr(trainer, "connected_ranks", lambda _: contextlib.nullcontext(Ranks(0, processes)))
+    with pytest.raises(ValueError, match=f"a window for each of the {processes} processes, it has {rows}"):
+        train(config_of(data, tmp_path / "run", batch_size=batch_size), quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_each_of_several_processes_has_a_gpu_of_its_own(monkeypatch):
+    numbered, cuda, cpu = (torch.device(name) for name in ("cuda:0", "cuda", "cpu"))
+    assert [own_device(device) for device in (numbered, cuda, cpu)] == [numbered, cuda, cpu]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [own_device(device) for device in (cuda, cpu)] == [torch.device("cuda:1"), cpu]
+    with pytest.raises(ValueError, match=r"device must be cuda for several processes, .* got cuda:0"):
+        trainer.check_device("cuda:0")
 
 
 # In float32 a transformer makes much of the last place: where a unit of its ReLUs crosses 0 in one run and not in the

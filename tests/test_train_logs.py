@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import re
 import sys
 
@@ -9,7 +10,9 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import RUN_FILES, config_of, data, one_thread, quiet  # noqa: F401  fixtures
+from test_train_resume import KilledError
 
+from amn_kernels.train import trainer
 from amn_kernels.train.logs import progress_bar
 from amn_kernels.train.runs import load_history
 from amn_kernels.train.trainer import train
@@ -51,6 +54,25 @@ def test_tensorboard_has_the_history(data, tmp_path):  # noqa: F811
     train(dataclasses.replace(config, epochs=1, overwrite=True), quiet())
     events = EventAccumulator(str(config.out / "tensorboard")).Reload()
     assert [scalar.step for scalar in events.Scalars("lr")] == [1]
+
+
+@pytest.mark.parametrize("moment", ["save", "epoch_line"])  # just before the epoch's checkpoint, and just after
+def test_tensorboard_misses_no_epoch_of_a_killed_run(data, tmp_path, monkeypatch, moment):  # noqa: F811
+    config = config_of(data, tmp_path / "run", epochs=3, tensorboard=True)
+    calls, done = itertools.count(1), getattr(trainer, moment)
+
+    def dying(*arguments):
+        if next(calls) == 2:
+            raise KilledError
+        return done(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, moment, dying)
+        with pytest.raises(KilledError):
+            train(config, quiet())
+    train(dataclasses.replace(config, resume=True), quiet())
+    events = EventAccumulator(str(config.out / "tensorboard")).Reload()
+    assert [scalar.step for scalar in events.Scalars("lr")] == [1, 2, 3]
 
 
 def test_without_tensorboards_package_an_earlier_run_stays(data, tmp_path, monkeypatch):  # noqa: F811

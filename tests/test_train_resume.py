@@ -18,6 +18,7 @@ from test_train import RUN_FILES, config_of, data, one_thread, quiet  # noqa: F4
 from amn_kernels.train import trainer
 from amn_kernels.train.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from amn_kernels.train.models import MODELS, Predictor
+from amn_kernels.train.ranks import Ranks
 from amn_kernels.train.replay import AMNTwin
 from amn_kernels.train.runs import load_history
 from amn_kernels.train.trainer import train
@@ -71,12 +72,14 @@ VARIANTS = {
 @pytest.mark.usefixtures("one_thread")
 def test_goes_on_bit_for_bit(data, tmp_path, monkeypatch, variant):  # noqa: F811
     monkeypatch.setattr(Predictor, "HIDDEN", 32)  # checkpoints of the published sizes take a while
-    # 14 batches an epoch; the checkpoint of update 15, or 5 with accumulation, is in the middle of an epoch.
-    options = {"lambda_info": 0.3, "epochs": 3, "checkpoint_every": 5, **VARIANTS[variant]}
+    # 14 updates an epoch, or 5 with accumulation; the newest checkpoint after the kill is in the second one.
+    options = {"lambda_info": 0.3, "epochs": 3, "checkpoint_every": 3, **VARIANTS[variant]}
     whole = config_of(data, tmp_path / "whole", **options)
     train(whole, quiet())
     broken = dataclasses.replace(whole, out=tmp_path / "broken")
-    killed_after(6 if "accumulate" in options else 18, broken, monkeypatch)
+    killed_after(7 if "accumulate" in options else 19, broken, monkeypatch)
+    progress = load_checkpoint(newest_checkpoint(broken.out / "checkpoints"))["progress"]
+    assert (progress["epoch"], progress["batch"]) == (2, 3 if "accumulate" in options else 4)
     console = quiet()
     train(dataclasses.replace(broken, resume=True), console)
     assert "resumed from" in console.file.getvalue()
@@ -144,6 +147,16 @@ def test_a_resume_without_the_weights_of_the_best_epoch_is_refused(data, tmp_pat
     ):
         train(dataclasses.replace(config, epochs=2, resume=True), quiet())
     assert [row["epoch"] for row in load_history(config.out)] == [1]
+
+
+def test_processes_that_would_go_on_from_different_places_are_refused(data, tmp_path, monkeypatch):  # noqa: F811
+    """As where each has a disk of its own."""
+    config = config_of(data, tmp_path / "run", epochs=1)
+    train(config, quiet())
+    monkeypatch.setattr(Ranks, "gather", lambda self, x: [x, "step-000000005"])
+    with pytest.raises(ValueError, match=r"same files .* checkpoints are \['step-000000014', 'step-000000005'\]"):
+        train(dataclasses.replace(config, epochs=2, resume=True), quiet())
+    assert len(load_history(config.out)) == 1
 
 
 @pytest.mark.parametrize("moment", ["in the first epoch", "between the first epoch's files and its checkpoint"])

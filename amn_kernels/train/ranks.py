@@ -4,11 +4,11 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 
 @dataclass
@@ -35,8 +35,8 @@ class Ranks:
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         return bool(highest)
 
-    def gather(self, x: Tensor) -> list[Tensor]:
-        """What every process has, in order."""
+    def gather(self, x: Any) -> list:
+        """What every process has, in order; anything that can be pickled."""
         if self.size == 1:
             return [x]
         parts: list = [None] * self.size
@@ -44,14 +44,26 @@ class Ranks:
         return parts
 
 
+def own_device(device: torch.device) -> torch.device:
+    """The device of this process: of several that torchrun started each has a GPU of its own for "cuda".
+
+    ValueError for a GPU by number, which all of them would share.
+    """
+    if device.type != "cuda" or not _to_be_connected():
+        return device
+    if device.index is not None:
+        raise ValueError(f"device must be cuda for several processes, each has a GPU of its own, got {device}")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
 @contextlib.contextmanager
 def connected_ranks(device: torch.device) -> Iterator[Ranks]:
-    """The processes that torchrun started, connected while the block runs; each on a GPU of its own for "cuda"."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    """The processes that torchrun started, connected while the block runs; `device` as `own_device` gives it."""
+    if not _to_be_connected():
         yield Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Ranks()
         return
-    if device.type == "cuda" and device.index is None:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
@@ -60,3 +72,7 @@ def connected_ranks(device: torch.device) -> Iterator[Ranks]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def _to_be_connected() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()

@@ -15,7 +15,7 @@ from amn_kernels.train.checkpoints import load_checkpoint, newest_checkpoint, sa
 from amn_kernels.train.config import TrainConfig
 from amn_kernels.train.logs import check_tensorboard, epoch_line, progress_bar, tensorboard_log
 from amn_kernels.train.metrics import mean_cosine
-from amn_kernels.train.ranks import Ranks, connected_ranks
+from amn_kernels.train.ranks import Ranks, connected_ranks, own_device
 from amn_kernels.train.runs import (
     BEST,
     CHECKPOINTS,
@@ -52,8 +52,6 @@ def train(config: TrainConfig, console: Console) -> list[dict]:
     if config.tensorboard:
         check_tensorboard()
     with connected_ranks(device) as ranks:
-        if ranks.size > config.batch_size:
-            raise ValueError(f"batch_size must be at least the number of processes, {ranks.size}")
         if ranks.rank > 0:
             console = Console(quiet=True)
         return _train(config, console, device, ranks)
@@ -64,11 +62,17 @@ def _train(config: TrainConfig, console: Console, device: torch.device, ranks: R
     order = np.random.default_rng(config.seed)
     windows = load_windows(config.data, config.context)
     split = split_windows(windows)
+    rows = min(config.batch_size, len(split.train))
+    if ranks.size > rows:
+        raise ValueError(f"a batch must have a window for each of the {ranks.size} processes, it has {rows}")
     subset = np.sort(order.choice(split.train, size=min(len(split.train), len(split.validation)), replace=False))
     training = make_training(config, windows, split, device, ranks)
     if ranks.rank > 0:  # the same parameters everywhere, but not the same dropout
         torch.manual_seed(config.seed + ranks.rank)
     checkpoint = newest_checkpoint(config.out / CHECKPOINTS) if config.resume else None
+    names = ranks.gather(checkpoint and checkpoint.name)
+    if len(set(names)) > 1:
+        raise ValueError(f"the processes must see the same files in {config.out}, their newest checkpoints are {names}")
     if checkpoint is not None:
         try:
             training.restore(load_checkpoint(checkpoint))
@@ -125,10 +129,10 @@ def _train(config: TrainConfig, console: Console, device: torch.device, ranks: R
             # The epoch's files first: a crash before the checkpoint is there repeats the epoch and writes them anew.
             if ranks.rank == 0:
                 save_epoch(config.out, training.validated, training.probe, progress.history, row["is_best"])
-            save(training)
-            console.print(epoch_line(progress.history[-1], config.epochs))
             if log is not None:
                 log(progress.history[-1])
+            save(training)
+            console.print(epoch_line(progress.history[-1], config.epochs))
             if ranks.any(bool(interrupts), device):
                 console.print(_how_to_go_on(config, f"after epoch {row['epoch']}"))
                 return progress.history
@@ -219,9 +223,9 @@ def stopped_early(config: TrainConfig, progress: Progress) -> bool:
 
 
 def check_device(name: str) -> torch.device:
-    """The torch device of that name; ValueError if there is no such device here."""
+    """The torch device of that name, as `own_device` gives it; ValueError if there is no such device here."""
     try:
-        device = torch.device(name)
+        device = own_device(torch.device(name))
         torch.empty(0, device=device)
     # What torch raises depends on the device: unknown name, no driver, or a build without it.
     except (RuntimeError, AssertionError) as error:
