@@ -1,6 +1,7 @@
 """`FusedSeqLoss`: the loss as a module, with what has to be remembered from call to call."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -68,9 +69,15 @@ class FusedSeqLoss(nn.Module):
         self._backend = backends.requested(self.options.backend)
         self._constants = Constants(*((self.options.lambdas, dtype) for dtype in (torch.float32, torch.float64)))
         if learnable_temperature:
-            self.log_temperature = nn.Parameter(torch.tensor(float(temperature), dtype=torch.float32).log())
+            self.log_temperature = nn.Parameter(torch.empty((), dtype=torch.float32))
+            self.reset_parameters()
         self.weighting = make_weighting(self.options)
         self._last = _Last()
+
+    def reset_parameters(self) -> None:
+        """Set a learned temperature back to the option, as transformers and FSDP ask of what no checkpoint fills."""
+        if self.options.learnable_temperature:
+            nn.init.constant_(self.log_temperature, math.log(self.options.temperature))
 
     def forward(
         self,

@@ -66,6 +66,8 @@ class NegativeQueue(nn.Module):
         """
         size, dim = self.rows.shape
         check_float("targets", targets)
+        if self.rows.is_meta and not self._filled:  # made without memory, and nobody gives some to what is no buffer
+            self.rows = torch.zeros_like(self.rows, device=targets.device)
         check_device("targets", targets, self.rows.device, of="the queue")
         if targets.dim() not in (2, 3) or targets.shape[-1] != dim:
             raise ValueError(f"targets must be [N, {dim}] or [B, T, {dim}], got shape {list(targets.shape)}")
@@ -89,7 +91,7 @@ class NegativeQueue(nn.Module):
         if state.shape[1:] != self.rows.shape[1:]:
             raise ValueError(f"queue state must be [K, {self.rows.shape[1]}], got shape {list(state.shape)}")
         self._filled = self._next = 0
-        self.push(state.to(self.rows))
+        self.push(state.to(self.rows.dtype) if self.rows.is_meta else state.to(self.rows))
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

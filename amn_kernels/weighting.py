@@ -43,7 +43,7 @@ class BalancedWeighting(nn.Module):
     ``update_every`` calls, and only by values that are finite and positive; others are counted in `skipped`.
 
     Buffers (float32, or int64 for counters): ``mean`` [m] before bias correction, ``updates`` [m], ``calls`` [],
-    ``skipped`` [m].
+    ``skipped`` [m]. Beside them a state_dict has what they belong to; a mean of another ``ema`` is converted.
     """
 
     mean: Tensor
@@ -62,6 +62,13 @@ class BalancedWeighting(nn.Module):
         self.register_buffer("skipped", torch.zeros(m, dtype=torch.int64))
         most = [1.0 if term in HINGES else MOST for term in self.terms]
         self.constants = Constants((options.lambdas, torch.float64), (most, torch.float32))
+        self._mean_decay = self.decay
+
+    def reset_parameters(self) -> None:
+        """Forget what was seen, as transformers and FSDP ask of a module that no checkpoint fills."""
+        self._mean_decay = self.decay
+        for buffer in self._buffers.values():
+            nn.init.zeros_(buffer)
 
     @torch.no_grad()
     def forward(self, values: Tensor, gram: Tensor | None) -> Tensor:  # [m], [m, m] -> [m]
@@ -82,6 +89,8 @@ class BalancedWeighting(nn.Module):
         """
         buffers = self._buffers  # as attributes they cost a failed search each
         check_state(self.mean.device, device)
+        if self._mean_decay != self.decay:
+            self._follow_decay()
         return (
             buffers["mean"],
             buffers["updates"],
@@ -96,11 +105,11 @@ class BalancedWeighting(nn.Module):
         )
 
     def _apply(self, fn, recurse=True):
-        # `.half()` and the like convert floating buffers; running squares of norms would overflow or vanish there.
-        before = {name: buffer for name, buffer in self._buffers.items() if buffer.is_floating_point()}
+        # Running squares of norms would overflow or vanish in 16 bits: `.half()` and the like change no dtype.
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in before.items():
-            if self._buffers[name].dtype != buffer.dtype:
+            if self._buffers[name].dtype is not buffer.dtype:
                 self._buffers[name] = buffer.to(self._buffers[name].device)
         self.constants.follow(fn)
         return self
@@ -108,21 +117,35 @@ class BalancedWeighting(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *further):
         # First of all: torch would ask for it after the buffers were copied.
         if (given := state_dict.get(f"{prefix}_extra_state")) is not None:
-            self.set_extra_state(given)
+            self._check_state(given)
+        dtypes = {name: buffer.dtype for name, buffer in self._buffers.items()}
         super()._load_from_state_dict(state_dict, prefix, *further)
+        for name, dtype in dtypes.items():  # with assign=True they are the tensors of the state themselves
+            self._buffers[name] = self._buffers[name].to(dtype)
 
     def get_extra_state(self) -> Tensor:
-        """What the numbers in the buffers belong to: terms and weighting."""
-        return extra_state.pack({"terms": self.terms, "weighting": self.kind})
+        """What the numbers in the buffers belong to: terms, weighting and the decay of the mean."""
+        return extra_state.pack({"terms": self.terms, "weighting": self.kind, "ema": self._mean_decay})
 
     def set_extra_state(self, state: Tensor) -> None:
         """Raises ValueError if the state belongs to other terms or another weighting."""
-        if not torch.equal(state.cpu(), self.get_extra_state()):
-            of = extra_state.unpack(state)
+        self._mean_decay = self._check_state(state).get("ema", self.decay)
+
+    def _check_state(self, state: Tensor) -> dict:
+        of = extra_state.unpack(state)
+        if of["terms"] != list(self.terms) or of["weighting"] != self.kind:
             raise ValueError(
                 f"weighting state is of weighting {of['weighting']!r} over {', '.join(of['terms'])}; "
                 f"this loss has weighting {self.kind!r} over {', '.join(self.terms)}"
             )
+        return of
+
+    @torch.no_grad()
+    def _follow_decay(self) -> None:
+        """Make a mean that was loaded one of this decay, with the same value once its bias is corrected."""
+        seen = self.updates.clamp(min=1).double()
+        self.mean.mul_((1 - self.decay**seen) / (1 - self._mean_decay**seen))
+        self._mean_decay = self.decay
 
 
 def _step_for(device: torch.device) -> Callable[..., Tensor]:

@@ -13,7 +13,8 @@ from error_rule import make_rows
 from host_reads import NoHostReads
 from torch import nn
 
-from amn_kernels import FusedSeqLoss
+from amn_kernels import FusedSeqLoss, NegativeQueue
+from amn_kernels.weighting import BalancedWeighting
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NEEDS = {
@@ -26,6 +27,14 @@ NEEDS = {
 """Example: what it needs besides torch."""
 
 pytestmark = pytest.mark.skipif(not EXAMPLES.exists(), reason="runs in a checkout only")
+
+
+@pytest.fixture
+def _deterministic():
+    """Memory that nobody fills is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def load(name):
@@ -93,6 +102,47 @@ def test_trainer_with_accumulation_has_the_negatives_of_the_micro_batch(tmp_path
     whole, parts = trained(96, 96, 1, tmp_path, **options), trained(96, 64, 2, tmp_path, **options)
     assert not torch.allclose(parts, whole, rtol=1e-2)
     assert 0.9 < parts.norm() / whole.norm() < 1.1
+
+
+@pytest.mark.usefixtures("_deterministic")
+def test_a_loss_in_a_pretrained_model_whose_checkpoint_has_none(tmp_path):
+    """With the lines of docs/integrations.md; without them transformers leaves the loss what memory held."""
+    transformers = pytest.importorskip("transformers")
+    page = (EXAMPLES.parent / "docs" / "integrations.md").read_text()
+    lines = re.search(r"```python\n(def _init_weights.*?)```", page, flags=re.S).group(1)
+    names = {"FusedSeqLoss": FusedSeqLoss, "BalancedWeighting": BalancedWeighting}
+    exec(lines.replace("super()", "super(type(self), self)"), names)
+
+    class Plain(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.layer = nn.Linear(8, 8)
+            self.post_init()
+
+    class WithLoss(Plain):
+        _init_weights = names["_init_weights"]
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.criterion = FusedSeqLoss(infonce=0.5, learnable_temperature=True)
+            self.queue = NegativeQueue(16, 8)
+            self.post_init()
+
+    Plain(transformers.PretrainedConfig()).save_pretrained(tmp_path / "plain")
+    model = WithLoss.from_pretrained(tmp_path / "plain")
+    fresh = FusedSeqLoss(infonce=0.5, learnable_temperature=True).state_dict()
+    assert all(torch.equal(x, fresh[name]) for name, x in model.criterion.state_dict().items())
+
+    pred, target = make_rows(16, 8)
+    model.criterion(pred.requires_grad_(), target)
+    model.queue.push(target)
+    model.save_pretrained(tmp_path / "whole")
+    again = WithLoss.from_pretrained(tmp_path / "whole")
+    state = again.criterion.state_dict()
+    assert all(torch.equal(x, state[name]) for name, x in model.criterion.state_dict().items())
+    assert torch.equal(again.queue.negatives(), target)
 
 
 def test_sentence_transformers_loss_is_mnrl_with_hard_negatives():

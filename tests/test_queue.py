@@ -99,6 +99,21 @@ def test_feeds_the_loss():
     assert got > criterion(pred, target)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_made_without_memory(assign):
+    """It is where its first rows are."""
+    with torch.device("meta"):
+        empty, filled = NegativeQueue(4, D), NegativeQueue(4, D)
+    rows = torch.randn(2, D)
+    empty.push(rows)
+    assert torch.equal(empty.negatives(), rows)
+    filled.load_state_dict(empty.state_dict(), assign=assign)
+    filled.push(rows + 1)
+    assert torch.equal(filled.negatives(), torch.cat([rows, rows + 1]))
+    with pytest.raises(ValueError, match="the device of the queue, meta"):
+        filled.to("meta").push(rows)
+
+
 def test_dtype():
     queue = NegativeQueue(4, D, dtype=torch.bfloat16)
     queue.push(torch.randn(2, D))
