@@ -179,9 +179,9 @@ def column_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # [N, D],
     """Mean and unbiased standard deviation over the rows that count; the deviation is 0 for fewer than 2 of them."""
     n = mask.sum()
     rows = mask.unsqueeze(-1)
-    # Shifted by a row that counts: the mean of equal numbers is that number, and nothing is left of them.
-    origin = torch.where(rows, x, 0).detach().index_select(0, mask.int().argmax().unsqueeze(0)).squeeze(0)
-    mean = origin + torch.where(rows, x - origin, 0).sum(dim=0) / n.clamp(min=1)
+    mean = torch.where(rows, x, 0).sum(dim=0).detach() / n.clamp(min=1)
+    # Of what that rounding left, once more: the mean of equal numbers is then that number.
+    mean = mean + torch.where(rows, x - mean, 0).sum(dim=0) / n.clamp(min=1)
     squares = torch.where(rows, x - mean, 0).square().sum(dim=0) / (n - 1).clamp(min=1)
     # sqrt has no derivative at 0; a constant column has deviation 0 and gradient 0.
     positive = squares > 0
