@@ -11,7 +11,8 @@
 #   make kernels-check   registers, spills, occupancy and bank conflicts of the compiled GPU kernels
 #   make cost    bytes, operations and launches of the GPU kernels, counted
 #   make ptx-proof   barriers and races in the PTX of the CUDA kernels: docs/ptx_proof.md (minutes)
-#   make test-gpu, make bench-gpu   on a CUDA device: the tests that need one, and speed against what people run
+#   make test-gpu, make bench-gpu   on a CUDA device: the tests that need one, and speed against what people run;
+#                with GPU_BACKENDS=triton without the CUDA C++ kernels, which need nvcc
 #   make test-simt, test-simt-asan, test-simt-tsan   the CUDA kernels on the CPU: values, addresses, races (tests/simt)
 #   make mutations   errors put into kernels and algorithm, and which of these notices: docs/mutations.md
 #   make fuzz    10,000 generated inputs compared with the reference, and thousands of wrong arguments and damaged files
@@ -23,12 +24,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CASES ?= 10000
+GPU_BACKENDS ?= cuda triton
 TRITON := 3.8.0
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
 .PHONY: demo test test-full test-distributed test-triton test-simt test-simt-asan test-simt-tsan fuzz wheels examples \
   docs lint types bench profile bench-peers bench-ring bench-train build clean
-.PHONY: kernels-check ptx-proof mutations cost test-gpu bench-gpu
+.PHONY: kernels-check ptx-proof mutations cost test-gpu bench-gpu gpu-backends
 
 demo: $(VENV)/.built
 	$(BIN)/amn-kernels demo --overwrite
@@ -105,13 +107,18 @@ ptx-proof: build
 cost: build
 	$(BIN)/python -m bench.cost
 
-test-gpu: build
-	$(BIN)/python -m pytest tests/gpu tests/test_triton*.py --full
+test-gpu: gpu-backends
+	$(BIN)/python -m pytest tests/gpu tests/test_triton*.py tests/test_cuda_fake.py --full --require "$(GPU_BACKENDS)"
 
-bench-gpu: build
+bench-gpu: gpu-backends
 	$(BIN)/python -m bench.gpu $(BENCH_ARGS)
 
 build: $(VENV)/.built $(VENV)/.development
+
+# The build before may have been one without nvcc. Where there is none now it is an error that says so.
+gpu-backends: build
+	$(if $(filter cuda,$(GPU_BACKENDS)),$(BIN)/python -c 'from amn_kernels import ops; exit(not ops.has_cuda())' \
+	  || AMN_CUDA=1 $(BIN)/pip install -q --no-build-isolation --no-deps -e .)
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .

@@ -41,8 +41,8 @@ def cuda_major(nvcc: Path) -> str | None:
     return release.group(1) if release else None
 
 
-def wants_cuda() -> bool:
-    """Whether to compile csrc/cuda, from AMN_CUDA; raises when it is required and can't be done."""
+def why_no_cuda() -> str | None:
+    """Why csrc/cuda is not compiled, None if it is, from AMN_CUDA; raises when it is required and can't be done."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, include_paths
 
@@ -50,7 +50,7 @@ def wants_cuda() -> bool:
     if choice not in ("0", "1", "auto"):
         raise ValueError(f"AMN_CUDA must be 0, 1 or auto, got {choice!r}")
     if choice == "0":
-        return False
+        return "AMN_CUDA=0"
     nvcc = None if CUDA_HOME is None else cuda_major(Path(CUDA_HOME) / "bin" / "nvcc")
     of_torch = None if torch.version.cuda is None else torch.version.cuda.split(".")[0]
     missing = [
@@ -59,15 +59,16 @@ def wants_cuda() -> bool:
             "nvcc (set CUDA_HOME)": nvcc is not None,
             "cuda_runtime.h beside nvcc (set CUDA_HOME)": nvcc is None
             or any((Path(path) / "cuda_runtime.h").exists() for path in include_paths("cuda")),
-            "a CUDA build of torch": of_torch is not None,
+            "CUDA build of torch": of_torch is not None,
             f"nvcc of torch's CUDA {of_torch} (it is of {nvcc})": None in (nvcc, of_torch) or nvcc == of_torch,
             "CUDA sources in csrc/cuda": any(ROOT.glob("csrc/cuda/*.cu")),
         }.items()
         if not there
     ]
-    if choice == "1" and missing:
-        raise RuntimeError(f"AMN_CUDA=1, but this build has no {', no '.join(missing)}")
-    return not missing
+    reason = f"this build has no {', no '.join(missing)}" if missing else None
+    if choice == "1" and reason:
+        raise RuntimeError(f"AMN_CUDA=1, but {reason}")
+    return reason
 
 
 def compiled() -> dict:
@@ -89,7 +90,8 @@ def compiled() -> dict:
             super().build_extension(ext)
             # Read before the extension is loaded beside another torch (amn_kernels/ops.py).
             minor = ".".join(torch.__version__.split(".")[:2])
-            Path(self.get_ext_fullpath(ext.name)).with_name("_C.torch").write_text(minor)
+            told = minor if without_cuda is None else f"{minor}\n{without_cuda}"
+            Path(self.get_ext_fullpath(ext.name)).with_name("_C.torch").write_text(told)
 
         def copy_extensions_to_source(self):
             # Of an editable installation, where the extension is used from the source tree.
@@ -99,7 +101,8 @@ def compiled() -> dict:
                 in_source = Path(self.get_ext_fullpath(ext.name))
                 self.copy_file(built.with_name("_C.torch"), in_source.with_name("_C.torch"))
 
-    cuda = wants_cuda()
+    without_cuda = why_no_cuda()
+    cuda = without_cuda is None
     folders = ["csrc", "csrc/cpu"] + (["csrc/cuda"] if cuda else [])
     files = [path for folder in folders for path in sorted((ROOT / folder).iterdir())]
     sources = [path.relative_to(ROOT) for path in files if path.suffix in (".cpp", ".cu")]

@@ -21,10 +21,16 @@ def _check_build() -> None:
     """
     if importlib.util.find_spec("amn_kernels._C") is None:
         raise ImportError("the package was installed without compiled code, AMN_EXT=0")
-    built_for = Path(__file__).with_name("_C.torch")  # written by setup.py beside the extension: "2.13"
-    here = ".".join(torch.__version__.split(".")[:2])
-    if built_for.exists() and built_for.read_text() != here:
-        raise ImportError(f"compiled for torch {built_for.read_text()}, this is torch {here}: install the package anew")
+    built_for, here = _built()[0], ".".join(torch.__version__.split(".")[:2])
+    if built_for not in ("", here):
+        raise ImportError(f"compiled for torch {built_for}, this is torch {here}: install the package anew")
+
+
+def _built() -> tuple[str, str]:
+    """What setup.py wrote beside the extension: the torch it is for, as "2.13", and why it has no CUDA kernels."""
+    path = Path(__file__).with_name("_C.torch")
+    torch_version, _, without_cuda = path.read_text().partition("\n") if path.exists() else ("", "", "")
+    return torch_version, without_cuda
 
 
 try:
@@ -34,7 +40,8 @@ except ImportError as error:
     _C = None
     _LOAD_ERROR = str(error)
 
-# Asked here, as torch.compile can't trace the question.
+# Asked here, as torch.compile can't trace the questions.
+_WITHOUT_CUDA = _built()[1]
 _HAS_CUDA = bool(_C) and torch._C._dispatch_has_kernel_for_dispatch_key("amn_kernels::_seq_loss_forward", "CUDA")
 
 
@@ -43,12 +50,17 @@ def why_unavailable() -> str | None:
     return None if _C is not None else f"the compiled extension did not load ({_LOAD_ERROR})"
 
 
+def has_cuda() -> bool:
+    """Whether the extension was compiled with CUDA kernels, on whatever device."""
+    return _HAS_CUDA
+
+
 def why_no_cuda() -> str | None:
     """Why the compiled CUDA kernels can't be used, or None if they can."""
     if reason := why_unavailable():
         return reason
-    if not _HAS_CUDA:
-        return "the extension was built without CUDA sources (AMN_CUDA=1 needs nvcc and a CUDA build of torch)"
+    if not has_cuda():
+        return f"the extension was built without CUDA sources ({_WITHOUT_CUDA or 'AMN_CUDA=1 says why'})"
     if not torch.cuda.is_available():
         return "there is no CUDA device, or its driver does not load"
     return None

@@ -10,6 +10,8 @@ import pytest
 import torch
 import ttsem_cache
 
+from amn_kernels.backends import BACKENDS
+
 # The same examples every time: a red run can be repeated. No deadline, because CI machines are shared.
 hypothesis.settings.register_profile("amn", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("amn")
@@ -17,10 +19,17 @@ hypothesis.settings.load_profile("amn")
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="run the full grid of shapes, not only a pairwise selection")
+    parser.addoption("--require", default="", help="backends without which nothing is run, as 'cuda triton'")
 
 
 def pytest_configure(config):
     ttsem_cache.install()
+    # Else a machine without a device, or a build without its kernels, would skip what it was to test, and be green.
+    for name in config.getoption("--require").split():
+        if name not in BACKENDS:
+            raise pytest.UsageError(f"--require: there is no backend {name!r}, only {', '.join(BACKENDS)}")
+        if reason := BACKENDS[name].why_unavailable():
+            raise pytest.UsageError(f"backend {name!r} is required and not available: {reason}")
     config.addinivalue_line("markers", "full: a shape of the full grid, run with --full only")
 
 

@@ -38,7 +38,7 @@ def test_required_cuda_without_the_means_says_what_is_missing():
     result = setup_py(AMN_CUDA="1")
     assert result.returncode != 0
     assert "AMN_CUDA=1, but this build has no" in result.stderr
-    assert "a CUDA build of torch" in result.stderr
+    assert "no CUDA build of torch" in result.stderr
 
 
 def test_a_toolkit_of_another_major_version_is_left_alone(tmp_path):
@@ -81,6 +81,16 @@ def test_without_the_extension_nothing_of_torch_is_needed(tmp_path):
 def test_an_extension_for_another_torch_is_not_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
     ops._check_build()  # nothing said of the torch it is for
-    (tmp_path / "_C.torch").write_text("2.7")
+    (tmp_path / "_C.torch").write_text("2.7\nthis build has no nvcc")
     with pytest.raises(ImportError, match=r"compiled for torch 2\.7, this is torch 2\."):
         ops._check_build()
+    assert ops._built() == ("2.7", "this build has no nvcc")
+
+
+def test_what_the_build_lacked_for_cuda_is_told(monkeypatch):
+    monkeypatch.setattr(ops, "_C", object())
+    monkeypatch.setattr(ops, "_HAS_CUDA", False)
+    monkeypatch.setattr(ops, "_WITHOUT_CUDA", "this build has no nvcc (set CUDA_HOME)")
+    assert ops.why_no_cuda() == (
+        "the extension was built without CUDA sources (this build has no nvcc (set CUDA_HOME))"
+    )

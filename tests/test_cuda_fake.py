@@ -3,6 +3,9 @@ cuda:0, and when it is chosen.
 """
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ HALVES = ("_seq_loss_forward", "_seq_loss_backward", "_balance")
 PRIMITIVES = tuple(
     f"_{name}" for name, of in vars(CompiledPrimitives).items() if callable(of) and not name.startswith("_")
 )
-HAS_CUDA = torch._C._dispatch_has_kernel_for_dispatch_key("amn_kernels::_seq_loss_forward", "CUDA")
+HAS_CUDA = ops.has_cuda()
 ALL = {"mse": 1.0, "cosine": 0.5, "infonce": 0.5}
 
 
@@ -41,11 +44,24 @@ def test_every_op_is_registered_for_cuda(name):
 @pytest.mark.skipif(torch.cuda.is_available() and HAS_CUDA, reason="the backend is available here")
 def test_it_says_why_it_is_not_available():
     reason = ops.why_no_cuda()
-    wanted = "there is no CUDA device" if HAS_CUDA else "the extension was built without CUDA sources (AMN_CUDA=1"
+    wanted = "there is no CUDA device" if HAS_CUDA else "the extension was built without CUDA sources ("
     assert reason.startswith(wanted)
     with pytest.raises(ValueError, match=r"backend='cuda' is not available: (the|there is) "):
         FusedSeqLoss(backend="cuda")
     assert f"cuda       not available: {reason}" in backends.info()
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and HAS_CUDA, reason="the backend is available here")
+def test_a_run_that_requires_it_fails_and_says_why(pytestconfig):
+    """What `make test-gpu` asks for: without it every test on a device is skipped, and the run is green."""
+    folder = Path(__file__).parent / "gpu"
+    command = [sys.executable, "-m", "pytest", "-q", str(folder), "--rootdir", str(pytestconfig.rootpath)]
+    for required, code in {"cuda": pytest.ExitCode.USAGE_ERROR, "cpu": pytest.ExitCode.OK}.items():
+        done = subprocess.run(
+            [*command, "--collect-only", "--require", required], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code
+        assert (f"backend 'cuda' is required and not available: {ops.why_no_cuda()}" in done.stderr) == (code != 0)
 
 
 @pytest.mark.usefixtures("available")

@@ -30,7 +30,9 @@ def test_compiled_op_is_there_and_agrees_with_the_reference():
 def test_compiled_code_says_which_torch_it_is_for():
     """Installed or in a checkout: beside another one it is not loaded."""
     told = resources.files(amn_kernels) / "_C.torch"
-    assert told.read_text() == ".".join(torch.__version__.split(".")[:2])
+    version, *why_no_cuda = told.read_text().splitlines()
+    assert version == ".".join(torch.__version__.split(".")[:2])
+    assert (why_no_cuda == []) == ops.has_cuda()
 
 
 @pytest.mark.skipif(COMPILED, reason="installed with compiled code")

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from error_rule import FLOOR_ULP, TERMS, eager_loss, make_rows, relative_error, truth
+from error_rule import TERMS, assert_error_rule, make_rows
 
-from amn_kernels import FusedSeqLoss, functional
+from amn_kernels import FusedSeqLoss
 
 # One program's small groups with a part of a tile, and chunks: less than a block of rows, several, odd in both.
 SHAPES = [(1, 384), (2, 7), (31, 1000), (63, 3), (65, 768), (128, 768), (257, 64), (1000, 7), (4097, 768)]
@@ -28,17 +28,12 @@ def make_loss(backend, weighting="gradient", **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_rule(backend, shape, dtype, term):
-    if shape[0] == 1 and term == "infonce":
-        pytest.skip("one row has no negatives: value and gradient are 0")
-    pred, target = make_rows(*shape, dtype=dtype)
-    leaf = pred.cuda().requires_grad_()
-    loss, _ = functional.seq_loss(leaf, target.cuda(), weighting="fixed", backend=backend, **TERMS[term])
-    (grad,) = torch.autograd.grad(loss, leaf)
-    true, theirs = truth(pred, target, **TERMS[term]), eager_loss(pred.cuda(), target.cuda(), **TERMS[term])
-    floor = FLOOR_ULP * torch.finfo(torch.float32).eps
-    assert relative_error(loss.cpu(), true.loss) <= 2 * relative_error(theirs.loss.cpu(), true.loss) + floor
-    floor = FLOOR_ULP * torch.finfo(dtype).eps
-    assert relative_error(grad.cpu(), true.grad) <= 2 * relative_error(theirs.grad.cpu(), true.grad) + floor
+    def draw(seed):
+        return tuple(x.cuda() for x in make_rows(*shape, dtype=dtype, seed=seed))
+
+    # In one or two rows nothing averages out: of 60 seeds on the CPU 3 failed with 4 draws each, none with 32.
+    draws = 1 if shape[0] > 2 else 32
+    assert_error_rule(draw, draws=draws, backend=backend, **TERMS[term])
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -101,10 +96,11 @@ def test_compiles_into_one_graph(backend, kind):
         torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @pytest.mark.parametrize(("kind", "launches"), [("small", 2), ("groups", 3)])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_launches_of_small_groups(kind, launches, weighting):
-    criterion = make_loss("triton", weighting)
+def test_launches_of_small_groups(backend, kind, launches, weighting):
+    criterion = make_loss(backend, weighting)
     leaf, target = leaf_and_target(GROUPED[kind])
     incoming = torch.ones((), device="cuda")
     torch.autograd.grad(criterion(leaf, target), leaf, incoming)
