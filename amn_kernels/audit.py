@@ -103,7 +103,8 @@ def audit(
         model: Maps a context to a prediction of the target's shape. A module is measured in training mode; any other
             callable is measured as it is and not probed.
         loader: Gives (context, target), in the batches of the training: InfoNCE's gradient depends on their size. The
-            first max(8, probe_steps) are read; tensors are moved to the model's device.
+            first max(8, probe_steps) are read; tensors are moved to the model's device. The loss gets no mask, ids or
+            extra negatives.
         criterion: The loss, with whatever state it has.
         probe_steps: Steps of AdamW between the two measurements; 0 leaves the second out.
 

@@ -13,7 +13,8 @@ class NegativeQueue(nn.Module):
     Sources: the queue of MoCo (He et al. 2020, arXiv:1911.05722) and the memory of XBM (Wang et al. 2020,
     arXiv:1912.06798). The rows are detached copies in the order they came, and are saved in the state_dict as one
     tensor; a queue of another size takes in the newest that fit. The place of the next row is a number on the host, so
-    that nothing waits for the device, and a CUDA graph would repeat one place: push outside of it.
+    that nothing waits for the device. A CUDA graph would repeat one place, and a compiled step be compiled anew for
+    each: push outside of them, and hand in what `negatives` returns.
 
     Over ranks, each has a queue of its own rows. They are no buffers, because DistributedDataParallel would overwrite
     those of the other ranks with those of the first; so save the state of every rank, or start with empty queues.

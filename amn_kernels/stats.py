@@ -111,12 +111,19 @@ class LossStats:
 
     @property
     def top1(self) -> Tensor | None:
-        """Share of rows whose own target is the most similar key (ties are misses); None without infonce."""
+        """Share of rows for which a positive is the most similar key (ties are misses); None without infonce.
+
+        The positive is the own target, or any row with the own id under ``positives="ids"``.
+        """
         return self._metric("top1") if "infonce" in self.terms else None
 
     @property
     def chance(self) -> Tensor | None:
-        """InfoNCE of a guess, ``mean ln(number of valid keys)``, in nats; None without infonce."""
+        """InfoNCE of a guess, ``mean ln(number of valid keys)``, in nats; None without infonce.
+
+        Of pred -> target: extra negatives are no keys of the other direction, so that with ``direction="both"`` a guess
+        is below this.
+        """
         return self._metric("chance") if "infonce" in self.terms else None
 
     @property

@@ -61,7 +61,7 @@ def infonce(
 
     Returns:
         The value; per row, whether a positive has the highest similarity of all valid keys (a tie, to within `TIE`, is
-        a miss); and per row the chance level of the value, ``ln(number of valid keys)``, in pred's dtype.
+        a miss); and per row ``ln(number of valid keys)``, the chance level of this direction, in pred's dtype.
     """
     valid, positive = key_sets(
         target,
