@@ -16,7 +16,7 @@ from amn_kernels.primitives import (
     MOMENTS,
     PLAIN_ROWS,
     Attention,
-    Form,
+    InfonceForm,
     Primitives,
     Row,
     Temperature,
@@ -86,7 +86,7 @@ def forward(
     """
     real = compute_dtype(pred, target)
     terms = TermList(options.terms, tuple(term not in options.monitor for term in options.terms))
-    form = Form(options.direction == "both", options.positives == "ids")
+    form = InfonceForm(options.direction == "both", options.positives == "ids")
     tau = Temperature(options.temperature, temperature)
     has_infonce, has_columns = "infonce" in terms.names, not {"moment", "variance"}.isdisjoint(terms.names)
     attends = bool(needs) and terms.sends("infonce")
@@ -102,13 +102,14 @@ def forward(
     def chunks():
         return chunks_of(groups, size, n if p.direct and t.direct else CHUNK_ROWS)
 
-    plain = not (form.both or form.positives_by_id or has_columns or "target" in needs)
-    keys = n if "target" in needs else 0
+    plain_rows = not (form.both or form.positives_by_id or has_columns or "target" in needs)
+    key_rows = n if "target" in needs else 0
     if attends and "extra_negatives" in needs:
-        keys += len(extra_negatives)
+        key_rows += len(extra_negatives)
+    make, scalars = (torch.empty, PLAIN_ROWS) if plain_rows else (torch.zeros, len(Row))
     saved = Saved(
-        torch.empty(PLAIN_ROWS, n + keys, **doubles) if plain else torch.zeros(len(Row), n + keys, **doubles),
-        torch.empty(attending_rows(n, needs) + keys if attends else 0, dim, **reals),
+        make(scalars, n + key_rows, **doubles),
+        torch.empty(attending_rows(n, needs) + key_rows if attends else 0, dim, **reals),
         torch.empty(COLUMNS if has_columns else 0, dim, **reals),
     )
     sections = saved.sections(n, needs)
@@ -122,14 +123,14 @@ def forward(
 
     extra = None
     if extra_negatives is not None and has_infonce:
-        keys = extra_negatives.detach().to(dtype or extra_negatives.dtype).contiguous()
-        extra = Keys(keys.unsqueeze(0), torch.empty(1, len(keys), **reals))
+        extra_keys = extra_negatives.detach().to(dtype or extra_negatives.dtype).contiguous()
+        extra = Keys(extra_keys.unsqueeze(0), torch.empty(1, len(extra_keys), **reals))
         if len(extra_attention):
             extra.attention = extra_attention.zero_().unsqueeze(0)
         else:
-            extra_rows = torch.empty(len(rows), len(keys), **doubles)
+            extra_rows = torch.empty(len(rows), len(extra_keys), **doubles)
         extra_rows[Row.WEIGHT].fill_(1)
-        prim.row_stats(keys, keys, extra_rows, extra.scale[0], form)
+        prim.row_stats(extra_keys, extra_keys, extra_rows, extra.scale[0], form)
         extra_rows[Row.WEIGHT].copy_(1 / total)
     if has_infonce:
         group_ids = None if ids is None else to_groups(ids, options.negatives, ids.dim()).long().contiguous()
@@ -137,14 +138,16 @@ def forward(
         budget = scratch_bytes(options, prim.chunk_bytes, keys_learn) // real.itemsize
         budget //= 1 if options.false_negative_margin is None else 2  # the guide takes as much as the similarities
         most_keys = max(size, 0 if extra is None else extra.keys.shape[1])
-        for some in chunks_of(groups, size, max(size, budget // most_keys)):
-            own = Keys(t.of(some), scale[some.groups], None if group_ids is None else group_ids[some.groups], own=True)
+        for whole in chunks_of(groups, size, max(size, budget // most_keys)):
+            own = Keys(
+                t.of(whole), scale[whole.groups], None if group_ids is None else group_ids[whole.groups], own=True
+            )
             if len(target_attention):
-                own.attention = some.view(target_attention).zero_()
-            infonce = Infonce(prim, exchange, options, form, tau, p, t, some, rows, own, extra, budget)
+                own.attention = whole.view(target_attention).zero_()
+            infonce = Infonce(prim, exchange, options, form, tau, p, t, whole, rows, own, extra, budget)
             infonce.run(attention)
     if len(extra_attention):
-        prim.row_dots(keys, keys, extra_attention, extra_rows, Attention.BY_KEY, form, tau)
+        prim.row_dots(extra_keys, extra_keys, extra_attention, extra_rows, Attention.BY_KEY, form, tau)
     if "target" in needs:
         prim.mirror_rows(rows, target_rows)
         for chunk in chunks() if attends else ():

@@ -16,7 +16,7 @@ from torch import Tensor
 from amn_kernels import algorithm, ops, triton
 from amn_kernels.algorithm import Saved
 from amn_kernels.infonce import Exchange, Keys
-from amn_kernels.primitives import CompiledPrimitives, Primitives
+from amn_kernels.primitives import MEANS, PRODUCTS, CompiledPrimitives, Primitives
 from amn_kernels.reference.seq_loss import compute_dtype
 from amn_kernels.stats import TermOutputs
 
@@ -78,10 +78,10 @@ class Group(Exchange):
         for part in parts:
             more, rows = part[:-1].view_as(moments), part[-1:]
             share = torch.where(rows > 0, rows / (count + rows), 0)
-            delta = more[:5] - moments[:5]
-            pairs = torch.stack([delta[a] * delta[b] for a, b in ((0, 0), (1, 1), (2, 2), (2, 0), (3, 3), (4, 4))])
-            moments[5:] += more[5:] + pairs * count * share
-            moments[:5] += delta * share
+            delta = more[:MEANS] - moments[:MEANS]
+            products = torch.stack([delta[a] * delta[b] for a, b in PRODUCTS])
+            moments[MEANS:] += more[MEANS:] + products * count * share
+            moments[:MEANS] += delta * share
             count += rows
         return moments, count
 

@@ -15,7 +15,7 @@ from amn_kernels.options import LossOptions
 from amn_kernels.primitives import (
     COLUMN_SUMS,
     Attention,
-    Form,
+    InfonceForm,
     Pairs,
     Primitives,
     Row,
@@ -77,18 +77,18 @@ class Infonce:
         prim: Primitives,
         exchange: Exchange,
         options: LossOptions,
-        form: Form,
+        form: InfonceForm,
         tau: Temperature,
         p: Rows,
         t: Rows,
-        some: Chunk,
+        whole: Chunk,  # the groups
         rows: Tensor,  # [scalars, N]
         own: Keys,
         extra: Keys | None,
         budget: int,
     ):
         self.prim, self.exchange, self.form, self.tau = prim, exchange, form, tau
-        self.p, self.t, self.some, self.rows, self.own, self.extra = p, t, some, rows, own, extra
+        self.p, self.t, self.whole, self.rows, self.own, self.extra = p, t, whole, rows, own, extra
         self.margin, self.real = options.false_negative_margin, own.scale.dtype
         self.groups, self.size = own.scale.shape
         self.further = []
@@ -112,7 +112,7 @@ class Infonce:
 
     def _plain(self, attention: Tensor) -> None:
         """One round: blocks merge as they pass by."""
-        sends = len(attention) > 0
+        attends = len(attention) > 0
         for number, block in enumerate(self.exchange.blocks(self.own, self.further)):
             for chunk in self._chunks():
                 queries, rows = self.p.of(chunk), self.rows[:, chunk.numbers]
@@ -121,12 +121,12 @@ class Infonce:
                     weights, rescale = self._weights(logits, queries, keys), logits.new_empty(rows.shape[1], 1)
                     own = self._own(block, chunk, first)
                     self.prim.softmax_rows_(logits, keys.scale, rows, rescale, pairs, own, self.tau, weights)
-                    if sends:
+                    if attends:
                         out, merges = chunk.view(attention), number > 0 or first > 0
                         if merges:
                             out.mul_(rescale.view(self.groups, -1, 1))
                         multiply(out, weights, keys.keys, merges)
-        if sends:
+        if attends:
             self._dots(attention, Attention.UNNORMALISED)
 
     def _general(self, attention: Tensor) -> None:
@@ -135,7 +135,8 @@ class Infonce:
         if self.form.both:
             self.own.sums = self.rows.new_zeros(3, *self.own.scale.shape)
             self.own.sums[0].fill_(-torch.inf)
-        sends = len(attention) > 0 or gathered is not None or any(block.attention is not None for block in self.further)
+        gathers = gathered is not None or any(block.attention is not None for block in self.further)
+        attends = len(attention) > 0 or gathers
         for block in self.exchange.blocks(self.own, self.further):
             for chunk in self._chunks():
                 queries = self.p.of(chunk)
@@ -145,14 +146,14 @@ class Infonce:
                     self.prim.softmax_stats_(logits, keys.scale, rows, pairs, self.form, own, self.tau)
                     if keys.sums is not None:
                         self.prim.softmax_cols(logits, keys.sums, pairs, self.form)
-                    if sends and self.kept is not None:
+                    if attends and self.kept is not None:
                         self.kept.append((logits, pairs))
-        own_rows = self.rows[:, self.some.numbers]
+        own_rows = self.rows[:, self.whole.numbers]
         if self.form.both:
             for row, sums in zip(COLUMN_SUMS, self.own.sums, strict=True):
                 own_rows[row].copy_(sums.view(-1))
             self.own.sums = None
-        if not sends:
+        if not attends:
             return
         if self.form.both:
             self.own.cols = self.own.scale.new_empty(2, *self.own.scale.shape)
@@ -178,11 +179,11 @@ class Infonce:
 
     def _chunks(self) -> Iterator[Chunk]:
         """The rows of the groups, all at once or some of one group."""
-        first, size = self.some.groups.start, self.size
+        first, size = self.whole.groups.start, self.size
         for begin in range(0, size, self.chunk_rows):
             end = min(size, begin + self.chunk_rows)
-            last = self.some.groups.stop - 1
-            yield Chunk(self.some.groups, begin, end, slice(first * size + begin, last * size + end))
+            last = self.whole.groups.stop - 1
+            yield Chunk(self.whole.groups, begin, end, slice(first * size + begin, last * size + end))
 
     def _parts(self, block: Keys) -> Iterator[tuple[int, Keys]]:
         """The block in parts whose similarities with a chunk fit the budget, each with its first key's number."""
@@ -229,6 +230,6 @@ class Infonce:
         multiply(attention, weights.mT, units, accumulate=True)
 
     def _dots(self, attention: Tensor, held: Attention) -> None:
-        for chunk in [self.some] if self.p.direct and self.t.direct else self._chunks():
+        for chunk in [self.whole] if self.p.direct and self.t.direct else self._chunks():
             rows, out = self.rows[:, chunk.numbers], chunk.view(attention)
             self.prim.row_dots(self.p.of(chunk), self.t.of(chunk), out, rows, held, self.form, self.tau)

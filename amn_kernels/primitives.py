@@ -33,6 +33,11 @@ _MOMENTS = (
 Moment = enum.IntEnum("Moment", [name.upper() for name in _MOMENTS.split()], start=0)
 """Means and sums of products of the columns, [len(Moment), D] float64: enum Moment in csrc/types.h."""
 
+MEANS = int(Moment.PRED_PRED)
+"""How many of them are means."""
+PRODUCTS = ((0, 0), (1, 1), (2, 2), (2, 0), (3, 3), (4, 4))
+"""Of which two means moment MEANS + i is the sum of products."""
+
 MOMENTS, COLUMNS = len(Moment), 7
 """Numbers per column: kMoments and kColumns in csrc/types.h."""
 
@@ -45,7 +50,7 @@ class Attention(enum.IntEnum):
     BY_KEY = 2
 
 
-class Form(NamedTuple):
+class InfonceForm(NamedTuple):
     """What is said of InfoNCE besides its temperature."""
 
     both: bool
@@ -96,22 +101,25 @@ class Primitives(Protocol):
     chunk_bytes: dict[str, int]
     """Memory for similarities by direction, where the options don't say."""
 
-    def row_stats(self, pred, target, rows, key_scale, form: Form) -> None: ...  # noqa: D102
+    def row_stats(self, pred, target, rows, key_scale, form: InfonceForm) -> None: ...  # noqa: D102
     def softmax_rows_(  # noqa: D102
         self, logits, key_scale, rows, rescale, pairs: Pairs, own: int, tau: Temperature, weights
     ) -> None: ...
-    def softmax_stats_(self, logits, key_scale, rows, pairs: Pairs, form: Form, own: int, tau: Temperature) -> None: ...  # noqa: D102
-    def softmax_cols(self, logits, sums, pairs: Pairs, form: Form) -> None: ...  # noqa: D102
+    def softmax_stats_(  # noqa: D102
+        self, logits, key_scale, rows, pairs: Pairs, form: InfonceForm, own: int, tau: Temperature
+    ) -> None: ...
+    def softmax_cols(self, logits, sums, pairs: Pairs, form: InfonceForm) -> None: ...  # noqa: D102
     def col_factors(self, key_rows, cols, tau: Temperature) -> None: ...  # noqa: D102
     def softmax_weights_(  # noqa: D102
-        self, logits, key_scale, rows, cols, pairs: Pairs, form: Form, own: int, raw: bool, tau: Temperature, weights
-    ) -> None: ...
-    def row_dots(self, pred, target, attention, rows, held: Attention, form: Form, tau: Temperature) -> None: ...  # noqa: D102
+        self, logits, key_scale, rows, cols, pairs: Pairs, form: InfonceForm, own: int, raw: bool, tau: Temperature,
+        weights,
+    ) -> None: ...  # fmt: skip
+    def row_dots(self, pred, target, attention, rows, held: Attention, form: InfonceForm, tau: Temperature) -> None: ...  # noqa: D102
     def col_stats(self, pred, target, rows, moments, count) -> None: ...  # noqa: D102
     def col_terms(self, moments, count, gamma: float, columns, values) -> None: ...  # noqa: D102
     def col_dots(self, pred, target, attention, columns, rows) -> None: ...  # noqa: D102
     def term_sums(  # noqa: D102
-        self, rows, col_values, terms: TermList, form: Form, dim: int, tau: Temperature, values, gram, metrics
+        self, rows, col_values, terms: TermList, form: InfonceForm, dim: int, tau: Temperature, values, gram, metrics
     ) -> None: ...
     def row_combine(  # noqa: D102
         self, grad_values, pred, target, attention, columns, rows, terms: TermList, tau: Temperature, grad

@@ -13,7 +13,7 @@ import torch
 
 from amn_kernels import FusedSeqLoss, ops
 from amn_kernels.checks import check_inputs
-from amn_kernels.primitives import PLAIN_ROWS, Attention, CompiledPrimitives, Form, Pairs, Temperature, TermList
+from amn_kernels.primitives import PLAIN_ROWS, Attention, CompiledPrimitives, InfonceForm, Pairs, Temperature, TermList
 from amn_kernels.train.runs import write_atomically
 from bench import command, report, timing
 from bench.contenders import ALL_TERMS, inputs, step
@@ -25,7 +25,7 @@ SETTLE = 3
 
 def primitives(rows: int, dim: int) -> dict:
     """Calls of the primitives of a step, by name, on one chunk."""
-    prim, form, tau = CompiledPrimitives(), Form(False, False), Temperature(0.07, None)
+    prim, form, tau = CompiledPrimitives(), InfonceForm(False, False), Temperature(0.07, None)
     pred, target = (x.detach() for x in inputs(rows, dim))
     scalars = torch.zeros(PLAIN_ROWS, rows, dtype=torch.float64)
     scalars[0] = 1 / rows

@@ -192,19 +192,24 @@ class SeqLoss : public torch::autograd::Function<SeqLoss> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     variable_list result(kInputs);
     if (!grads[0].defined() && !grads[1].defined()) return result;
-    const auto saved = ctx->get_saved_variables();
-    const auto optional = [](const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; };
-    const std::vector<double> numbers = ctx->saved_data["numbers"].toDoubleVector();
-    const std::vector<int64_t> choices = ctx->saved_data["choices"].toIntVector();
     const std::vector<int64_t> terms = ctx->saved_data["terms"].toIntVector();
     const std::vector<int64_t> monitored = ctx->saved_data["monitored"].toIntVector();
-    const int64_t needs = choices[3];
-    const bool hooked = choices[4] != 0;
+    // References, as is_last_use counts who holds a tensor.
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &pred = saved[0], &target = saved[1], &weights = saved[2], &mask = saved[3], &ids = saved[4];
+    const Tensor &extra_negatives = saved[5], &learned_temperature = saved[6];
+    const Tensor &rows = saved[7], &attention = saved[8], &columns = saved[9];
+    const std::vector<double> numbers = ctx->saved_data["numbers"].toDoubleVector();
+    const double temperature = numbers[0], margin = numbers[1], variance_target = numbers[2];
+    const std::vector<int64_t> choices = ctx->saved_data["choices"].toIntVector();
+    const bool both = choices[0] != 0, positives_by_id = choices[2] != 0, hooked = choices[4] != 0;
+    const int64_t negatives = choices[1], needs = choices[3];
+    const auto optional = [](const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; };
     const auto gradients = [&] {
       return backward_op().call(
-          optional(grads[0]), optional(saved[2]), optional(grads[1]), saved[0], saved[1], optional(saved[3]),
-          optional(saved[4]), optional(saved[5]), optional(saved[6]), saved[7], saved[8], saved[9], terms, monitored,
-          numbers[0], choices[0], choices[1], choices[2], numbers[1], numbers[2], needs);
+          optional(grads[0]), optional(weights), optional(grads[1]), pred, target, optional(mask), optional(ids),
+          optional(extra_negatives), optional(learned_temperature), rows, attention, columns, terms, monitored,
+          temperature, both, negatives, positives_by_id, margin, variance_target, needs);
     };
     std::vector<Tensor> out;
     if (at::GradMode::is_enabled()) {
@@ -212,12 +217,12 @@ class SeqLoss : public torch::autograd::Function<SeqLoss> {
     } else if (at::AutoDispatchBelowADInplaceOrView below; are_observed(saved) || are_observed(grads)) {
       out = gradients();
     } else {
-      const Tensor& attention = saved[8];
       const Options options = make_options(
-          terms, monitored, numbers[0], saved[6], choices[0], choices[1], choices[2], numbers[1], numbers[2]);
+          terms, monitored, temperature, learned_temperature, both, negatives, positives_by_id, margin,
+          variance_target);
       out = amn::backward(
-          options, incoming_of(grads[0], saved[2], grads[1], attention.scalar_type()), saved[0], saved[1], saved[5],
-          saved[7], attention, saved[9], needs, /*reuses_attention=*/!hooked && is_last_use(attention));
+          options, incoming_of(grads[0], weights, grads[1], attention.scalar_type()), pred, target, extra_negatives,
+          rows, attention, columns, needs, /*reuses_attention=*/!hooked && is_last_use(attention));
     }
     // Positions of pred, target, extra_negatives and learned_temperature among the inputs.
     constexpr int64_t kPosition[] = {1, 2, 7, 8};

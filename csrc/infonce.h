@@ -25,10 +25,10 @@ class Infonce {
 
   // attention: [N, D], or empty without gradients.
   void plain(const Tensor& attention) const {
-    const bool sends = attention.size(0) > 0;
+    const bool attends = attention.size(0) > 0;
     const Tensor targets = target_.all();
     const int64_t together = std::clamp<int64_t>(budget_ / (size_ * keys_), 1, groups_);
-    const int64_t most = prim_.any_dtype ? std::max(kChunkRows, budget_ / keys_) : kChunkRows;
+    const int64_t most = prim_.reads_any_dtype ? std::max(kChunkRows, budget_ / keys_) : kChunkRows;
     const int64_t chunk_rows = together > 1 ? size_ : std::min(most, size_);
     // Keys per block, so that the similarities of a chunk stay within the budget.
     const int64_t fits = budget_ / (together * chunk_rows);
@@ -39,22 +39,22 @@ class Infonce {
     const int64_t numel = together * chunk_rows * block;
     const bool narrow = targets.scalar_type() != real_.dtype().toScalarType();  // the products take 16 bits
     const Scratch scratch(numel, real_), guides(has_margin() ? numel : 0, real_);
-    const Scratch narrow_weights(narrow && sends ? numel : 0, targets.options());
+    const Scratch narrow_weights(narrow && attends ? numel : 0, targets.options());
     prim_.prepare(scratch.memory());
 
     for_chunks(groups_, size_, together * chunk_rows, [&](const Chunk& chunk) {
       const Tensor queries = pred_.chunk(chunk), own_targets = target_.chunk(chunk);
-      const Tensor chunk_rows_ = scalars_of(rows_, chunk);
+      const Tensor row_scalars = scalars_of(rows_, chunk);
       const Tensor shrink = merges ? part(rescale, 0, 0, chunk.groups * chunk.count) : rescale;
-      const Tensor out = sends ? view_rows(attention, chunk) : attention;
+      const Tensor out = attends ? view_rows(attention, chunk) : attention;
       bool first = true;
       const auto merge = [&](const Tensor& keys, const Tensor& key_scale, const Tensor& key_ids, int64_t own) {
         const Tensor logits = scratch.take(sizes_of(chunk, keys.size(-2)));
         multiply(logits, queries, keys.mT(), false);
         const Pairs pairs = pairs_of(chunk, key_ids, guides, own_targets, keys);
-        const Tensor weights = narrow && sends ? narrow_weights.take(logits.sizes()) : logits;
-        prim_.softmax_rows_(logits, key_scale, chunk_rows_, shrink, weights, pairs, own, options_.temperature);
-        if (sends) {
+        const Tensor weights = narrow && attends ? narrow_weights.take(logits.sizes()) : logits;
+        prim_.softmax_rows_(logits, key_scale, row_scalars, shrink, weights, pairs, own, options_.temperature);
+        if (attends) {
           if (!first) out.mul_(chunk.groups > 1 ? shrink.view({chunk.groups, chunk.count, 1}) : shrink);
           multiply(out, weights, keys, !first);
         }
@@ -73,9 +73,9 @@ class Infonce {
             with_groups(part(extra_, 0, begin - size_, width), chunk), part(scale, -1, begin, width), Tensor(),
             /*own=*/-size_);
       }
-      if (sends) {
+      if (attends) {
         prim_.row_dots(
-            queries, own_targets, out, chunk_rows_, narrow ? Attention::kScaled : Attention::kUnnormalised,
+            queries, own_targets, out, row_scalars, narrow ? Attention::kScaled : Attention::kUnnormalised,
             options_.form, options_.temperature);
       }
     });
@@ -84,28 +84,15 @@ class Infonce {
   // attention [N, D]; key_attention [N, D] and extra_attention [K, D] of the keys: each empty where not needed.
   void general(const Tensor& attention, const Tensor& key_attention, const Tensor& extra_attention) const {
     const bool gathers = key_attention.size(0) > 0 || extra_attention.size(0) > 0;
-    const bool sends = attention.size(0) > 0 || gathers;
+    const bool attends = attention.size(0) > 0 || gathers;
     const Tensor targets = target_.all();
-    const int64_t fits = budget_ / (keys_ * (has_margin() ? 2 : 1));  // rows
-    const int64_t least = std::min(kMinChunkRows, size_);
-    int64_t rows = std::clamp<int64_t>(fits, least, groups_ * size_);
-    // More rows than kChunkRows gain nothing, unless groups are small; in chunks a part of a large group can be kept.
-    const bool splits = options_.form.both && !prim_.any_dtype && size_ > kChunkRows;
-    if (splits) rows = std::min(rows, kChunkRows);
-    if (rows < size_ || !options_.form.both) rows = std::min(rows, std::max(kChunkRows, fits / size_ * size_));
-    rows = std::min(rows, std::max(kChunkRows, rows / size_ * size_));
-    // Gradients of both directions need the similarities of a group again once all its rows are seen: what fits is kept,
-    // and the last slot is for the chunks that are computed twice.
-    const int64_t chunks = options_.form.both && sends ? divide_up(size_, rows) : 1;
-    const int64_t slots = fits >= size_ ? chunks : std::clamp<int64_t>(fits / rows, 1, chunks);
-    const int64_t keeps = slots < chunks ? slots - 1 : chunks;
-    const int64_t numel = std::min(slots * rows, std::max(rows, size_)) * keys_;
-    const Scratch scratch(numel, real_), guides(has_margin() ? numel : 0, real_);
+    const Plan plan = plan_of(attends);
+    const Scratch scratch(plan.numel, real_), guides(has_margin() ? plan.numel : 0, real_);
     prim_.prepare(scratch.memory());
     const Tensor cols = at::empty({2, options_.form.both ? groups_ * size_ : 0}, real_);
 
     const auto fill = [&](const Chunk& chunk, const Tensor& queries, Pairs& pairs) {
-      const int64_t place = std::min(chunk.begin / rows, slots - 1) * rows * keys_;
+      const int64_t place = std::min(chunk.begin / plan.rows, plan.slots - 1) * plan.rows * keys_;
       const Tensor logits = all_products(scratch, place, chunk, queries, targets);
       pairs = pairs_of(chunk, groups_of(ids_, chunk), guides, Tensor(), Tensor());
       if (has_margin()) pairs.guide = all_products(guides, place, chunk, target_.chunk(chunk), targets);
@@ -117,7 +104,7 @@ class Infonce {
           options_.temperature);
       if (options_.form.both) prim_.softmax_cols(logits, scalars_of(rows_, whole(chunk)), pairs, options_.form);
     };
-    const auto factors = [&](const Chunk& chunk) {
+    const auto column_factors = [&](const Chunk& chunk) {
       if (!options_.form.both) return;
       const Chunk groups = whole(chunk);
       prim_.col_factors(
@@ -125,12 +112,12 @@ class Infonce {
     };
     const auto second_half = [&](const Chunk& chunk, const Tensor& queries, const Tensor& logits, const Pairs& pairs,
                                  bool raw) {
-      if (!sends) return;
+      if (!attends) return;
       Tensor columns = options_.form.both ? part(cols, 1, chunk.group * size_, chunk.groups * size_) : cols;
       if (chunk.groups > 1) columns = columns.view({2, chunk.groups, -1});
-      const Tensor chunk_scalars = scalars_of(rows_, chunk);
+      const Tensor row_scalars = scalars_of(rows_, chunk);
       prim_.softmax_weights_(
-          logits, groups_of(key_scale_, chunk), chunk_scalars, columns, pairs, options_.form, chunk.begin, raw,
+          logits, groups_of(key_scale_, chunk), row_scalars, columns, pairs, options_.form, chunk.begin, raw,
           options_.temperature);
       const Tensor own = part(logits, -1, 0, size_);
       if (attention.size(0) > 0) {
@@ -138,11 +125,11 @@ class Infonce {
         multiply(out, own, groups_of(targets, chunk), false);
         if (keys_ > size_) multiply(out, part(logits, -1, size_, keys_ - size_), with_groups(extra_, chunk), true);
         prim_.row_dots(
-            queries, target_.chunk(chunk), out, chunk_scalars, Attention::kNormalised, options_.form,
+            queries, target_.chunk(chunk), out, row_scalars, Attention::kNormalised, options_.form,
             options_.temperature);
       }
       if (gathers) {
-        const Tensor inv_pred = chunk_scalars.select(0, kInvPred)
+        const Tensor inv_pred = row_scalars.select(0, kInvPred)
                                     .to(real_.dtype().toScalarType())
                                     .view(chunk.groups > 1 ? at::IntArrayRef{chunk.groups, chunk.count, 1}
                                                            : at::IntArrayRef{chunk.count, 1});
@@ -160,12 +147,12 @@ class Infonce {
       }
     };
 
-    const int64_t together = std::max<int64_t>(1, rows / size_);
+    const int64_t together = std::max<int64_t>(1, plan.rows / size_);
     for_chunks(groups_, size_, together * size_, [&](const Chunk& groups) {
-      const bool sees_all = rows >= groups.groups * size_ || !options_.form.both;
+      const bool sees_all = plan.rows >= groups.groups * size_ || !options_.form.both;
       const auto each = [&](const auto& f) {
-        if (rows >= groups.groups * size_) return f(groups);
-        for_chunks(1, size_, rows, [&](Chunk chunk) {
+        if (plan.rows >= groups.groups * size_) return f(groups);
+        for_chunks(1, size_, plan.rows, [&](Chunk chunk) {
           chunk.group = groups.group;
           f(chunk);
         });
@@ -176,18 +163,20 @@ class Infonce {
         const Tensor queries = pred_.chunk(chunk), logits = fill(chunk, queries, pairs);
         first_half(chunk, logits, pairs);
         if (sees_all) {
-          factors(chunk);
+          column_factors(chunk);
           second_half(chunk, queries, logits, pairs, /*raw=*/false);
-        } else if (chunk.begin / rows < keeps) {
+        } else if (chunk.begin / plan.rows < plan.keeps) {
           kept.emplace_back(logits, pairs);
         }
       });
-      if (sees_all || !sends) return;
-      factors(groups);
+      if (sees_all || !attends) return;
+      column_factors(groups);
       each([&](const Chunk& chunk) {
         const Tensor queries = pred_.chunk(chunk);
-        const int64_t number = chunk.begin / rows;
-        if (number < keeps) return second_half(chunk, queries, kept[number].first, kept[number].second, /*raw=*/false);
+        const int64_t number = chunk.begin / plan.rows;
+        if (number < plan.keeps) {
+          return second_half(chunk, queries, kept[number].first, kept[number].second, /*raw=*/false);
+        }
         Pairs pairs;
         const Tensor logits = fill(chunk, queries, pairs);
         second_half(chunk, queries, logits, pairs, /*raw=*/true);
@@ -196,6 +185,31 @@ class Infonce {
   }
 
  private:
+  // How `general` goes through the rows. Gradients of both directions need the similarities of a group again once all
+  // its rows are seen: what fits is kept, and the last slot is for the chunks that are computed twice.
+  struct Plan {
+    int64_t rows;   // of a chunk: some of one group, or those of whole groups
+    int64_t slots;  // chunks of a group whose similarities there is memory for
+    int64_t keeps;  // chunks of a group, from its first, whose similarities are kept
+    int64_t numel;  // similarities in memory
+  };
+
+  Plan plan_of(bool attends) const {
+    const bool both = options_.form.both;
+    const int64_t fits = budget_ / (keys_ * (has_margin() ? 2 : 1));  // rows
+    int64_t rows = std::clamp<int64_t>(fits, std::min(kMinChunkRows, size_), groups_ * size_);
+    // On the CPU a large group goes in chunks, so that a part of its similarities can be kept.
+    if (both && !prim_.reads_any_dtype && size_ > kChunkRows) rows = std::min(rows, kChunkRows);
+    // Where no group fits, or none must be seen whole: chunks of kChunkRows, or all the small groups that fit.
+    if (rows < size_ || !both) rows = std::min(rows, std::max(kChunkRows, fits / size_ * size_));
+    // More than kChunkRows only as whole groups.
+    rows = std::min(rows, std::max(kChunkRows, rows / size_ * size_));
+    const int64_t chunks = both && attends ? divide_up(size_, rows) : 1;
+    const int64_t slots = fits >= size_ ? chunks : std::clamp<int64_t>(fits / rows, 1, chunks);
+    const int64_t keeps = slots < chunks ? slots - 1 : chunks;
+    return {rows, slots, keeps, std::min(slots * rows, std::max(rows, size_)) * keys_};
+  }
+
   bool has_margin() const { return options_.margin >= 0; }
 
   static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -20,8 +20,8 @@ TORCH_LIBRARY(amn_kernels, m) {
       " float false_negative_margin, float variance_target, int chunk_bytes)"
       " -> (Tensor loss, Tensor values, Tensor gram, Tensor metrics, Tensor weights)");
   // The forward half, with what the backward needs, in sections for pred, target and extra_negatives as far as they
-  // need a gradient: row scalars [R, N + N + K] and attention outputs [N + N + K, D]; columns [C, D] or [0, D]. Without
-  // weights the loss is empty, [0].
+  // need a gradient: row scalars [kRowScalars or kPlainRowScalars, N + N + K] and attention outputs [N + N + K, D];
+  // columns [kColumns, D] or [0, D]. Without weights the loss is empty, [0].
   m.def(
       "_seq_loss_forward(Tensor pred, Tensor target, Tensor? weights, Tensor? mask, Tensor? ids,"
       " Tensor? extra_negatives, Tensor? learned_temperature, int[] terms, int[] monitored, float temperature,"

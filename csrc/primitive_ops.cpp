@@ -31,8 +31,9 @@ TermList term_list(at::IntArrayRef terms, at::IntArrayRef differentiable) {
 }
 
 void row_stats(
-    const Tensor& pred, const Tensor& target, const Tensor& rows, const Tensor& key_scale, bool both, bool by_id) {
-  primitives_for(pred).row_stats(pred, target, rows, key_scale, /*weight=*/-1, {both, by_id}, {}, {});
+    const Tensor& pred, const Tensor& target, const Tensor& rows, const Tensor& key_scale, bool both,
+    bool positives_by_id) {
+  primitives_for(pred).row_stats(pred, target, rows, key_scale, /*weight=*/-1, {both, positives_by_id}, {}, {});
 }
 
 void softmax_rows_(
@@ -46,17 +47,18 @@ void softmax_rows_(
 
 void softmax_stats_(
     const Tensor& logits, const Tensor& key_scale, const Tensor& rows, const OptionalTensor& row_ids,
-    const OptionalTensor& key_ids, const OptionalTensor& guide, double margin, bool both, bool by_id, int64_t own,
-    double temperature, const OptionalTensor& learned) {
+    const OptionalTensor& key_ids, const OptionalTensor& guide, double margin, bool both, bool positives_by_id,
+    int64_t own, double temperature, const OptionalTensor& learned) {
   primitives_for(logits).softmax_stats_(
-      logits, key_scale, rows, pairs_of(row_ids, key_ids, guide, margin), {both, by_id}, own,
+      logits, key_scale, rows, pairs_of(row_ids, key_ids, guide, margin), {both, positives_by_id}, own,
       temperature_of(temperature, learned));
 }
 
 void softmax_cols(
     const Tensor& logits, const Tensor& key_rows, const OptionalTensor& row_ids, const OptionalTensor& key_ids,
-    bool both, bool by_id) {
-  primitives_for(logits).softmax_cols(logits, key_rows, pairs_of(row_ids, key_ids, std::nullopt, -1), {both, by_id});
+    bool both, bool positives_by_id) {
+  primitives_for(logits).softmax_cols(
+      logits, key_rows, pairs_of(row_ids, key_ids, std::nullopt, -1), {both, positives_by_id});
 }
 
 void col_factors(const Tensor& key_rows, const Tensor& cols, double temperature, const OptionalTensor& learned) {
@@ -66,26 +68,27 @@ void col_factors(const Tensor& key_rows, const Tensor& cols, double temperature,
 void softmax_weights_(
     const Tensor& logits, const Tensor& key_scale, const Tensor& rows, const Tensor& cols,
     const OptionalTensor& row_ids, const OptionalTensor& key_ids, const OptionalTensor& guide, double margin,
-    bool both, bool by_id, int64_t own, bool raw, double temperature, const OptionalTensor& learned) {
+    bool both, bool positives_by_id, int64_t own, bool raw, double temperature, const OptionalTensor& learned) {
   primitives_for(logits).softmax_weights_(
-      logits, key_scale, rows, cols, pairs_of(row_ids, key_ids, guide, margin), {both, by_id}, own, raw,
+      logits, key_scale, rows, cols, pairs_of(row_ids, key_ids, guide, margin), {both, positives_by_id}, own, raw,
       temperature_of(temperature, learned));
 }
 
 void row_dots(
     const Tensor& pred, const Tensor& target, const Tensor& attention, const Tensor& rows, int64_t held, bool both,
-    bool by_id, double temperature, const OptionalTensor& learned) {
+    bool positives_by_id, double temperature, const OptionalTensor& learned) {
   primitives_for(pred).row_dots(
-      pred, target, attention, rows, static_cast<Attention>(held), {both, by_id}, temperature_of(temperature, learned));
+      pred, target, attention, rows, static_cast<Attention>(held), {both, positives_by_id},
+      temperature_of(temperature, learned));
 }
 
 void term_sums(
     const Tensor& rows, const Tensor& col_values, at::IntArrayRef terms, at::IntArrayRef differentiable, bool both,
-    bool by_id, int64_t dim, double temperature, const OptionalTensor& learned, const Tensor& values,
+    bool positives_by_id, int64_t dim, double temperature, const OptionalTensor& learned, const Tensor& values,
     const Tensor& gram, const Tensor& metrics) {
   primitives_for(rows).term_sums(
-      rows, col_values, term_list(terms, differentiable), {both, by_id}, dim, temperature_of(temperature, learned),
-      Tensor(), values, gram, metrics, Tensor());
+      rows, col_values, term_list(terms, differentiable), {both, positives_by_id}, dim,
+      temperature_of(temperature, learned), Tensor(), values, gram, metrics, Tensor());
 }
 
 void row_combine(
@@ -99,30 +102,32 @@ void row_combine(
 
 TORCH_LIBRARY_FRAGMENT(amn_kernels, m) {
   m.def(
-      "_row_stats(Tensor pred, Tensor target, Tensor(a!) rows, Tensor(b!) key_scale, bool both, bool by_id) -> ()");
+      "_row_stats(Tensor pred, Tensor target, Tensor(a!) rows, Tensor(b!) key_scale, bool both, bool positives_by_id)"
+      " -> ()");
   m.def(
       "_softmax_rows_(Tensor(a!) logits, Tensor key_scale, Tensor(b!) rows, Tensor(c!) rescale, Tensor? row_ids,"
       " Tensor? key_ids, Tensor? guide, float margin, int own, float temperature, Tensor? learned) -> ()");
   m.def(
       "_softmax_stats_(Tensor(a!) logits, Tensor key_scale, Tensor(b!) rows, Tensor? row_ids, Tensor? key_ids,"
-      " Tensor? guide, float margin, bool both, bool by_id, int own, float temperature, Tensor? learned) -> ()");
-  m.def(
-      "_softmax_cols(Tensor logits, Tensor(a!) key_rows, Tensor? row_ids, Tensor? key_ids, bool both, bool by_id)"
+      " Tensor? guide, float margin, bool both, bool positives_by_id, int own, float temperature, Tensor? learned)"
       " -> ()");
+  m.def(
+      "_softmax_cols(Tensor logits, Tensor(a!) key_rows, Tensor? row_ids, Tensor? key_ids, bool both,"
+      " bool positives_by_id) -> ()");
   m.def("_col_factors(Tensor key_rows, Tensor(a!) cols, float temperature, Tensor? learned) -> ()");
   m.def(
       "_softmax_weights_(Tensor(a!) logits, Tensor key_scale, Tensor rows, Tensor cols, Tensor? row_ids,"
-      " Tensor? key_ids, Tensor? guide, float margin, bool both, bool by_id, int own, bool raw, float temperature,"
-      " Tensor? learned) -> ()");
-  m.def(
-      "_row_dots(Tensor pred, Tensor target, Tensor(a!) attention, Tensor(b!) rows, int held, bool both, bool by_id,"
+      " Tensor? key_ids, Tensor? guide, float margin, bool both, bool positives_by_id, int own, bool raw,"
       " float temperature, Tensor? learned) -> ()");
+  m.def(
+      "_row_dots(Tensor pred, Tensor target, Tensor(a!) attention, Tensor(b!) rows, int held, bool both,"
+      " bool positives_by_id, float temperature, Tensor? learned) -> ()");
   m.def("_col_stats(Tensor pred, Tensor target, Tensor rows, Tensor(a!) moments, Tensor(b!) count) -> ()");
   m.def("_col_terms(Tensor moments, Tensor count, float gamma, Tensor(a!) columns, Tensor(b!) values) -> ()");
   m.def("_col_dots(Tensor pred, Tensor target, Tensor attention, Tensor columns, Tensor(a!) rows) -> ()");
   m.def(
-      "_term_sums(Tensor rows, Tensor col_values, int[] terms, int[] differentiable, bool both, bool by_id, int dim,"
-      " float temperature, Tensor? learned, Tensor(a!) values, Tensor(b!) gram, Tensor(c!) metrics) -> ()");
+      "_term_sums(Tensor rows, Tensor col_values, int[] terms, int[] differentiable, bool both, bool positives_by_id,"
+      " int dim, float temperature, Tensor? learned, Tensor(a!) values, Tensor(b!) gram, Tensor(c!) metrics) -> ()");
   m.def(
       "_row_combine(Tensor grad_values, Tensor pred, Tensor target, Tensor attention, Tensor columns, Tensor rows,"
       " int[] terms, int[] differentiable, float temperature, Tensor? learned, Tensor(a!) grad) -> ()");

@@ -37,9 +37,9 @@ struct Incoming {
 };
 
 struct Primitives {
-  // Pred and target may have any floating dtype in every primitive, and 16-bit rows are multiplied as they are; else
-  // only row_stats and row_combine take any.
-  bool any_dtype;
+  // true: every primitive reads pred and target in any floating dtype, and matrix products take 16-bit rows as they
+  // are. false: only row_stats and row_combine do; all else gets rows in `real`.
+  bool reads_any_dtype;
 
   // Whether a part of a tensor may be handed out as a tensor that keeps the memory of the whole. A GPU's allocator would
   // not see which streams use it.
@@ -50,7 +50,8 @@ struct Primitives {
 
   // Fills kInvPred ... kPredDiff from kWeight, and kMax, kOthers, kKeys and all that is p.o ... o.o as for an empty
   // set of keys; of the options that are on also kColMax, kColOthers, kPositives ... kNegativeMax. Those of masked rows
-  // are those of a row of zeros; such rows may hold NaN and are not read. Unless `any_dtype`, copies may be asked for, which can be multiplied.
+  // are those of a row of zeros; such rows may hold NaN and are not read. Unless `reads_any_dtype`, copies may be asked
+  // for, which can be multiplied.
   void (*row_stats)(
       const at::Tensor& pred,        // [M, D] any floating dtype
       const at::Tensor& target,      // [M, D] the same

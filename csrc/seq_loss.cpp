@@ -46,32 +46,31 @@ Forward forward(
   const Tensor group_mask = by_group(mask);
   // Rows that a device reads as they are: masked ones, which may hold NaN, are zeroed once and not chunk by chunk.
   const auto rows_in = [&](const Tensor& x, at::ScalarType read_as) {
-    if (!prim.any_dtype) return Rows(with_unit_stride(x), options.negatives, read_as, group_mask);
+    if (!prim.reads_any_dtype) return Rows(with_unit_stride(x), options.negatives, read_as, group_mask);
     const bool multiplies = mask.defined() && options.terms.has(kInfonce);
     const Tensor clean = multiplies ? x.masked_fill(mask.logical_not().unsqueeze(-1), 0) : x;
     return Rows(with_unit_stride(clean), options.negatives, read_as);
   };
-  const auto as_it_is = [&](const Tensor& x) { return prim.any_dtype ? x.scalar_type() : dtype; };
+  const auto as_it_is = [&](const Tensor& x) { return prim.reads_any_dtype ? x.scalar_type() : dtype; };
   Rows p = rows_in(pred, as_it_is(pred)), t = rows_in(target, as_it_is(target));
   const int64_t n = p.size(), dim = p.dim(), size = p.group_size();
   const bool has_infonce = options.terms.has(kInfonce), attends = needs != 0 && options.terms.sends(kInfonce);
   const bool plain = !options.form.both && !options.form.positives_by_id &&
-                     !(needs != 0 && options.terms.sends(kInfonce) && (needs & (kNeedsTarget | kNeedsExtra)));
-  // The dtype of the matrix products.
-  const bool narrow = prim.any_dtype && plain && p.dtype() == t.dtype() && options.margin < 0 &&
+                     !(attends && (needs & (kNeedsTarget | kNeedsExtra)));
+  const bool narrow = prim.reads_any_dtype && plain && p.dtype() == t.dtype() && options.margin < 0 &&
                       (!extra_negatives.defined() || extra_negatives.scalar_type() == p.dtype());
-  const at::ScalarType factors = narrow ? p.dtype() : dtype;
-  const Tensor extra = extra_negatives.defined() ? extra_negatives.to(factors).contiguous() : extra_negatives;
+  const at::ScalarType product_dtype = narrow ? p.dtype() : dtype;
+  const Tensor extra = extra_negatives.defined() ? extra_negatives.to(product_dtype).contiguous() : extra_negatives;
   const int64_t extra_keys = extra.defined() ? extra.size(0) : 0;
 
   const int64_t pred_section = attends ? attending_rows(n, needs) : 0;
   const int64_t target_section = needs & kNeedsTarget ? n : 0;
   const int64_t extra_section = attends && (needs & kNeedsExtra) ? extra_keys : 0;
   const bool has_columns = options.terms.has(kMoment) || options.terms.has(kVariance);
-  const int64_t all_keys = n + target_section + extra_section;
+  const int64_t all_sections = n + target_section + extra_section;
   const Tensor all_rows = options.form.both || options.form.positives_by_id || has_columns || target_section
-                              ? at::zeros({kRowScalars, all_keys}, doubles)
-                              : at::empty({kPlainRowScalars, all_keys}, doubles);
+                              ? at::zeros({kRowScalars, all_sections}, doubles)
+                              : at::empty({kPlainRowScalars, all_sections}, doubles);
   const Tensor rows = part(all_rows, 1, 0, n);
   double weight = 1.0 / n;
   if (mask.defined()) {
@@ -82,7 +81,8 @@ Forward forward(
   // Scale of the keys of every group: its rows, then the extra negatives.
   const Tensor key_scale =
       p.groups() > 1 ? at::empty({p.groups(), size + extra_keys}, real) : at::empty({size + extra_keys}, real);
-  // A copy of pred only where that is one chunk, else it is made chunk by chunk; of target, which every chunk meets.
+  // Widened copies. Of pred only if it is a single chunk, else it is widened chunk by chunk; of target also with
+  // InfoNCE, where every chunk needs all of it.
   const auto copy_of = [&](const Rows& x, bool wanted) {
     return wanted && !x.direct() ? at::empty(x.given().sizes(), real) : Tensor();
   };
@@ -108,8 +108,8 @@ Forward forward(
   const Tensor o = part(attention, 0, 0, pred_section);
   if (has_infonce) {
     const Tensor group_ids = ids.defined() ? by_group(ids).to(at::kLong).contiguous() : ids;
-    const bool same = p.dtype() == factors && t.dtype() == factors;
-    const Rows queries = same ? p : rows_in(pred, factors), keys = same ? t : rows_in(target, factors);
+    const bool same = p.dtype() == product_dtype && t.dtype() == product_dtype;
+    const Rows queries = same ? p : rows_in(pred, product_dtype), keys = same ? t : rows_in(target, product_dtype);
     const Infonce infonce(prim, options, queries, keys, extra, group_ids, rows, key_scale, chunk_bytes);
     if (plain) {
       infonce.plain(o);

@@ -128,4 +128,8 @@ struct BalanceOptions {
   bool update;    // false: the state stays as it is
 };
 
+// Its constants, explained in python_ref/balance.py.
+constexpr float kSpike = 9, kLeastRatio = 1e-6f;
+constexpr int64_t kSpikeAfter = 10;
+
 }  // namespace amn

@@ -11,13 +11,21 @@ from amn_kernels.triton.scalars import (
     DIFF_VARIANCE,
     INV_PRED,
     INV_TARGET,
+    MOMENT_A,
+    MOMENT_C,
+    MOMENT_C_TARGET,
     MOMENT_MOMENT,
+    MOMENT_PRED,
+    MOMENT_TARGET,
     MOMENT_VARIANCE,
     PRED_MOMENT,
     PRED_SPREAD,
     SIZES,
+    VARIANCE_UNIT,
+    VARIANCE_V,
     VARIANCE_VARIANCE,
     WEIGHT,
+    column,
     get,
     load_rows,
     put,
@@ -33,17 +41,6 @@ MEAN_UNIT_TARGET = tl.constexpr(int(Moment.MEAN_UNIT_TARGET))
 PRED_PRED_S, TARGET_TARGET_S = tl.constexpr(int(Moment.PRED_PRED)), tl.constexpr(int(Moment.TARGET_TARGET))
 DIFF_DIFF_S, DIFF_PRED_S = tl.constexpr(int(Moment.DIFF_DIFF)), tl.constexpr(int(Moment.DIFF_PRED))
 UNIT_PRED_S, UNIT_TARGET_S = tl.constexpr(int(Moment.UNIT_PRED)), tl.constexpr(int(Moment.UNIT_TARGET))
-
-# enum Column in csrc/types.h.
-MOMENT_A, MOMENT_C, MOMENT_PRED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-MOMENT_C_TARGET, MOMENT_TARGET = tl.constexpr(3), tl.constexpr(4)
-VARIANCE_V, VARIANCE_UNIT = tl.constexpr(5), tl.constexpr(6)
-
-
-@triton.jit
-def column(columns, which: tl.constexpr, k, dim):
-    """Numbers `which` of moments or columns [numbers, D], [BLOCK_D]."""
-    return tl.load(columns + which * dim + k, mask=k < dim, other=0.0)
 
 
 @triton.jit
@@ -218,20 +215,20 @@ def col_terms_kernel(
         inside = k < dim
         sd_pred, sd_target = deviation(moments, PRED_PRED_S, k, dim, n), deviation(moments, TARGET_TARGET_S, k, dim, n)
         # sd_p² - sd_t² = S(d, p + t)/(n - 1) = (2 S(d, p) - S(d, d))/(n - 1): nothing cancels for p near t.
-        spread = sd_pred - sd_target
-        near = tl.abs(spread) < 0.5 * sd_target
+        sd_difference = sd_pred - sd_target
+        near = tl.abs(sd_difference) < 0.5 * sd_target
         cross = 2 * column(moments, DIFF_PRED_S, k, dim)
         cross -= column(moments, DIFF_DIFF_S, k, dim)
-        spread = tl.where(near, cross / tl.where(near, (n - 1) * (sd_pred + sd_target), 1.0), spread)
+        sd_difference = tl.where(near, cross / tl.where(near, (n - 1) * (sd_pred + sd_target), 1.0), sd_difference)
         shift = column(moments, MEAN_DIFF, k, dim)
-        moment += tl.sum(shift * shift + spread * spread)
+        moment += tl.sum(shift * shift + sd_difference * sd_difference)
         of_shift = tl.where(n > 0, 2.0 / (tl.maximum(n, 1.0) * dim), 0.0) * shift
-        of_spread = 2.0 / tl.cast(dim, tl.float64) * spread
+        of_sd_difference = 2.0 / tl.cast(dim, tl.float64) * sd_difference
         out = columns + k
         tl.store(out + MOMENT_A * dim, of_shift.to(tl.float32), mask=inside)
-        tl.store(out + MOMENT_C * dim, slope(of_spread, n, sd_pred).to(tl.float32), mask=inside)
+        tl.store(out + MOMENT_C * dim, slope(of_sd_difference, n, sd_pred).to(tl.float32), mask=inside)
         tl.store(out + MOMENT_PRED * dim, column(moments, MEAN_PRED, k, dim).to(tl.float32), mask=inside)
-        tl.store(out + MOMENT_C_TARGET * dim, slope(of_spread, n, sd_target).to(tl.float32), mask=inside)
+        tl.store(out + MOMENT_C_TARGET * dim, slope(of_sd_difference, n, sd_target).to(tl.float32), mask=inside)
         tl.store(out + MOMENT_TARGET * dim, column(moments, MEAN_TARGET, k, dim).to(tl.float32), mask=inside)
         sd_unit = deviation(moments, UNIT_PRED_S, k, dim, n)
         sd_unit_target = deviation(moments, UNIT_TARGET_S, k, dim, n)
@@ -295,18 +292,3 @@ def col_dots_kernel(
     put(rows, rows_stride, ATT_VARIANCE, i, tl.where(counts, ov, 0.0), inside)
     put(rows, rows_stride, MOMENT_VARIANCE, i, tl.where(counts, hv, 0.0), inside)
     put(rows, rows_stride, VARIANCE_VARIANCE, i, tl.where(counts, vv, 0.0), inside)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def mirror_columns_kernel(columns, mirrored, dim, BLOCK: tl.constexpr):  # [7, D] float32 -> [7, D], out
-    """The columns with pred and target exchanged; no variance, which asks nothing of the target."""
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = k < dim
-    out = mirrored + k
-    tl.store(out + MOMENT_A * dim, -column(columns, MOMENT_A, k, dim), mask=inside)
-    tl.store(out + MOMENT_C * dim, -column(columns, MOMENT_C_TARGET, k, dim), mask=inside)
-    tl.store(out + MOMENT_PRED * dim, column(columns, MOMENT_TARGET, k, dim), mask=inside)
-    tl.store(out + MOMENT_C_TARGET * dim, -column(columns, MOMENT_C, k, dim), mask=inside)
-    tl.store(out + MOMENT_TARGET * dim, column(columns, MOMENT_PRED, k, dim), mask=inside)
-    tl.store(out + VARIANCE_V * dim, 0.0, mask=inside)
-    tl.store(out + VARIANCE_UNIT * dim, 0.0, mask=inside)

@@ -193,20 +193,20 @@ def small_groups_kernel(
             # In both directions a row that sends nothing is a negative of the columns that do.
             factor = tl.where(counts if BOTH else sending, factor, 0.0).to(tl.float32)[:, None]
             take = tl.where(sending, share * inv_target, 0.0).to(tl.float32)[:, None]
-            po = tl.zeros([BLOCK_M], tl.float64)
-            dq, oo = po, po
+            p_o = tl.zeros([BLOCK_M], tl.float64)
+            d_o, o_o = p_o, p_o
             for start in range(0, dim, BLOCK_D):
                 k = start + tl.arange(0, BLOCK_D)
                 p, t = load_rows(pred, p_row, k, dim, counts), load_rows(target, t_row, k, dim, counts)
                 o = tl.dot(w, (t * power[:, None]).to(low), input_precision="ieee")
                 o = o * factor - t * take
-                po += row_sum(p * o)
-                dq += row_sum((p - t) * o)
-                oo += row_sum(o * o)
+                p_o += row_sum(p * o)
+                d_o += row_sum((p - t) * o)
+                o_o += row_sum(o * o)
                 tl.store(attention + ((i * dim)[:, None] + k[None, :]), o, mask=inside[:, None] & (k < dim)[None, :])
-            put(rows, stride, PRED_ATT, i, po, inside)
-            put(rows, stride, DIFF_ATT, i, dq, inside)
-            put(rows, stride, ATT_ATT, i, oo, inside)
+            put(rows, stride, PRED_ATT, i, p_o, inside)
+            put(rows, stride, DIFF_ATT, i, d_o, inside)
+            put(rows, stride, ATT_ATT, i, o_o, inside)
 
     # The scalars come back one row to a thread, also those that other threads wrote.
     tl.debug_barrier()

@@ -1,4 +1,4 @@
-"""Kernel of the primitive mirror_rows: the rows with pred and target exchanged, for the gradient of the target."""
+"""Kernels of mirror_rows and mirror_columns: pred and target exchanged, for the gradient of the target."""
 
 import triton
 import triton.language as tl
@@ -12,6 +12,11 @@ from amn_kernels.triton.scalars import (
     INV_TARGET,
     KEYS,
     MAX,
+    MOMENT_A,
+    MOMENT_C,
+    MOMENT_C_TARGET,
+    MOMENT_PRED,
+    MOMENT_TARGET,
     ONE_MINUS_COS,
     OTHERS,
     POSITIVE_SUM,
@@ -22,7 +27,10 @@ from amn_kernels.triton.scalars import (
     PRED_SPREAD,
     SIZES,
     TARGET_TARGET,
+    VARIANCE_UNIT,
+    VARIANCE_V,
     WEIGHT,
+    column,
     get,
     put,
 )
@@ -63,3 +71,18 @@ def mirror_rows_kernel(rows, mirrored, count, stride, mirrored_stride, BLOCK: tl
     put(mirrored, mirrored_stride, EXCESS, i, tl.where(known, excess, 0.0), inside)
     put(mirrored, mirrored_stride, PRED_SPREAD, i, 0.0, inside)
     put(mirrored, mirrored_stride, PRED_ATT, i, 0.0, inside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def mirror_columns_kernel(columns, mirrored, dim, BLOCK: tl.constexpr):  # [7, D] float32 -> [7, D], out
+    """The columns with pred and target exchanged; no variance, which asks nothing of the target."""
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = k < dim
+    out = mirrored + k
+    tl.store(out + MOMENT_A * dim, -column(columns, MOMENT_A, k, dim), mask=inside)
+    tl.store(out + MOMENT_C * dim, -column(columns, MOMENT_C_TARGET, k, dim), mask=inside)
+    tl.store(out + MOMENT_PRED * dim, column(columns, MOMENT_TARGET, k, dim), mask=inside)
+    tl.store(out + MOMENT_C_TARGET * dim, -column(columns, MOMENT_C, k, dim), mask=inside)
+    tl.store(out + MOMENT_TARGET * dim, column(columns, MOMENT_PRED, k, dim), mask=inside)
+    tl.store(out + VARIANCE_V * dim, 0.0, mask=inside)
+    tl.store(out + VARIANCE_UNIT * dim, 0.0, mask=inside)

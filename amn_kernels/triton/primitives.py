@@ -10,14 +10,13 @@ import triton
 from torch import Tensor
 
 from amn_kernels.options import DEFAULT_CHUNK_BYTES, FUSED_TERMS
-from amn_kernels.primitives import MOMENTS, Attention, Form, Pairs, Temperature, TermList
+from amn_kernels.primitives import MOMENTS, Attention, InfonceForm, Pairs, Temperature, TermList
 from amn_kernels.triton.balance import balance_kernel
 from amn_kernels.triton.columns import (
     col_dots_kernel,
     col_stats_kernel,
     col_terms_kernel,
     merge_moments_kernel,
-    mirror_columns_kernel,
 )
 from amn_kernels.triton.launching import (
     COLUMN_TILE,
@@ -28,7 +27,7 @@ from amn_kernels.triton.launching import (
     row_tile,
     strides,
 )
-from amn_kernels.triton.mirror import mirror_rows_kernel
+from amn_kernels.triton.mirror import mirror_columns_kernel, mirror_rows_kernel
 from amn_kernels.triton.row_combine import row_combine_kernel
 from amn_kernels.triton.row_dots import row_dots_kernel
 from amn_kernels.triton.row_stats import row_stats_kernel
@@ -60,7 +59,7 @@ class TritonPrimitives:
     # Similarities of 1,024 rows with 16,384 keys. Both directions are worth more: what fits is not computed twice.
     chunk_bytes = DEFAULT_CHUNK_BYTES["triton"]
 
-    def row_stats(self, pred, target, rows, key_scale, form: Form) -> None:  # noqa: D102
+    def row_stats(self, pred, target, rows, key_scale, form: InfonceForm) -> None:  # noqa: D102
         groups, size = _groups(pred)
         count, dim = groups * size, pred.shape[-1]
         tile = row_tile(dim)
@@ -93,7 +92,7 @@ class TritonPrimitives:
         )
 
     def softmax_stats_(  # noqa: D102
-        self, logits, key_scale, rows, pairs: Pairs, form: Form, own: int, tau: Temperature
+        self, logits, key_scale, rows, pairs: Pairs, form: InfonceForm, own: int, tau: Temperature
     ) -> None:
         groups, size = _groups(logits)
         tensors, sizes, pair_strides = _pairs(pairs)
@@ -110,7 +109,7 @@ class TritonPrimitives:
             warps=tile.warps,
         )
 
-    def softmax_cols(self, logits, sums, pairs: Pairs, form: Form) -> None:  # noqa: D102
+    def softmax_cols(self, logits, sums, pairs: Pairs, form: InfonceForm) -> None:  # noqa: D102
         groups, size = _groups(logits)
         cols = sums.shape[-1]
         tensors, sizes, pair_strides = _pairs(pairs)
@@ -136,8 +135,9 @@ class TritonPrimitives:
         )
 
     def softmax_weights_(  # noqa: D102
-        self, logits, key_scale, rows, cols, pairs: Pairs, form: Form, own: int, raw: bool, tau: Temperature, weights
-    ) -> None:
+        self, logits, key_scale, rows, cols, pairs: Pairs, form: InfonceForm, own: int, raw: bool, tau: Temperature,
+        weights,
+    ) -> None:  # fmt: skip
         groups, size = _groups(logits)
         tensors, sizes, pair_strides = _pairs(pairs)
         tile = logits_tile(logits.shape[-1])
@@ -158,7 +158,7 @@ class TritonPrimitives:
             warps=tile.warps,
         )
 
-    def row_dots(self, pred, target, attention, rows, held: Attention, form: Form, tau: Temperature) -> None:  # noqa: D102
+    def row_dots(self, pred, target, attention, rows, held: Attention, form: InfonceForm, tau: Temperature) -> None:  # noqa: D102
         groups, size = _groups(pred)
         count, dim = groups * size, pred.shape[-1]
         tile = row_tile(dim)
@@ -228,7 +228,7 @@ class TritonPrimitives:
         )
 
     def term_sums(  # noqa: D102
-        self, rows, col_values, terms: TermList, form: Form, dim: int, tau: Temperature, values, gram, metrics
+        self, rows, col_values, terms: TermList, form: InfonceForm, dim: int, tau: Temperature, values, gram, metrics
     ) -> None:
         count = rows.shape[1]
         blocks = triton.cdiv(count, FLAT_TILE.cols)

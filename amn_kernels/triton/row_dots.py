@@ -75,16 +75,16 @@ def row_dots_kernel(
     factor, take = factor.to(tl.float32)[:, None], take.to(tl.float32)[:, None]
     p_row, t_row = row_offset(i, size, pred_group, pred_row), row_offset(i, size, target_group, target_row)
     o_row = row_offset(i, size, attention_group, attention_row)
-    po = tl.zeros([BLOCK_M], tl.float64)
-    dq, oo = po, po
+    p_o = tl.zeros([BLOCK_M], tl.float64)
+    d_o, o_o = p_o, p_o
     for start in range(0, dim, BLOCK_D):
         k = start + tl.arange(0, BLOCK_D)
         p, t = load_rows(pred, p_row, k, dim, counts), load_rows(target, t_row, k, dim, counts)
         o = load_rows(attention, o_row, k, dim, counts) * factor - t * take
-        po += row_sum(p * o)
-        dq += row_sum((p - t) * o)
-        oo += row_sum(o * o)
+        p_o += row_sum(p * o)
+        d_o += row_sum((p - t) * o)
+        o_o += row_sum(o * o)
         tl.store(attention + (o_row[:, None] + k[None, :]), o, mask=inside[:, None] & (k < dim)[None, :])
-    put(rows, rows_stride, PRED_ATT, i, po, inside)
-    put(rows, rows_stride, DIFF_ATT, i, dq, inside)
-    put(rows, rows_stride, ATT_ATT, i, oo, inside)
+    put(rows, rows_stride, PRED_ATT, i, p_o, inside)
+    put(rows, rows_stride, DIFF_ATT, i, d_o, inside)
+    put(rows, rows_stride, ATT_ATT, i, o_o, inside)

@@ -1,4 +1,4 @@
-"""Numbers per row, and the small formulas that the kernels share: csrc/types.h in Triton.
+"""Numbers per row and per column, and the small formulas that the kernels share: csrc/types.h in Triton.
 
 Row scalars are float64 [scalars, N] with unit stride along N; ``i`` are row numbers, int64, so that offsets are 64-bit.
 """
@@ -39,6 +39,11 @@ ATT_VARIANCE = tl.constexpr(int(Row.ATT_VARIANCE))
 MOMENT_VARIANCE = tl.constexpr(int(Row.MOMENT_VARIANCE))
 VARIANCE_VARIANCE = tl.constexpr(int(Row.VARIANCE_VARIANCE))
 
+# enum Column in csrc/types.h.
+MOMENT_A, MOMENT_C, MOMENT_PRED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+MOMENT_C_TARGET, MOMENT_TARGET = tl.constexpr(3), tl.constexpr(4)
+VARIANCE_V, VARIANCE_UNIT = tl.constexpr(5), tl.constexpr(6)
+
 SIZES = [
     *("count", "size", "own", "id_keys", "col_keys", "blocks", "splits", "part_count", "rows_of_split", "m"),
     *("stride", "rows_stride", "mirrored_stride", "sums_stride", "sums_group", "cols_stride", "cols_group"),
@@ -60,6 +65,12 @@ def get(rows, stride, which: tl.constexpr, i, mask):
 def put(rows, stride, which: tl.constexpr, i, value, mask):
     """Write scalar `which` of the rows."""
     tl.store(rows + (tl.cast(stride, tl.int64) * which + i), value, mask=mask)
+
+
+@triton.jit
+def column(columns, which: tl.constexpr, k, dim):
+    """Numbers `which` of moments or columns [numbers, D], [BLOCK_D]."""
+    return tl.load(columns + which * dim + k, mask=k < dim, other=0.0)
 
 
 @triton.jit

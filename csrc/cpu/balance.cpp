@@ -10,10 +10,6 @@
 namespace amn::cpu {
 namespace {
 
-// The constants of python_ref/balance.py, where they are explained.
-constexpr float kSpike = 9, kLeast = 1e-6f;
-constexpr int64_t kSpikeAfter = 10;
-
 struct State {
   float* mean;
   int64_t* updates;
@@ -67,7 +63,7 @@ void balance(
           const float current = observes ? observed(i) : 0;  // a NaN loses the comparison
           ratio = std::sqrt(anchor) / std::sqrt(current > known ? current : known);
         }
-        ratio = std::min(std::max(ratio, kLeast), most.const_data_ptr<float>()[i]);
+        ratio = std::min(std::max(ratio, kLeastRatio), most.const_data_ptr<float>()[i]);
       }
       const auto weight = static_cast<scalar_t>(lambda[i] * ratio);
       weights.data_ptr<scalar_t>()[i] = weight;

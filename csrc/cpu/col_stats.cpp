@@ -35,18 +35,18 @@ void col_terms(
     };
     for (int64_t k = 0; k < moments.size(1); ++k) {
       const double sd_pred = deviation(kPredPredS, k), sd_target = deviation(kTargetTargetS, k);
-      double spread = sd_pred - sd_target;
+      double sd_difference = sd_pred - sd_target;
       // sd_p^2 - sd_t^2 = S(d, p + t)/(n - 1) = (2 S(d, p) - S(d, d))/(n - 1), in which nothing cancels for p near t.
-      if (std::abs(spread) < 0.5 * sd_target) {
-        spread = (2 * sums.row(kDiffPredS)[k] - sums.row(kDiffDiffS)[k]) / (n - 1) / (sd_pred + sd_target);
+      if (std::abs(sd_difference) < 0.5 * sd_target) {
+        sd_difference = (2 * sums.row(kDiffPredS)[k] - sums.row(kDiffDiffS)[k]) / (n - 1) / (sd_pred + sd_target);
       }
       const double shift = sums.row(kMeanDiff)[k];
-      moment += shift * shift + spread * spread;
+      moment += shift * shift + sd_difference * sd_difference;
       const auto slope = [&](double factor, double sd) { return sd > 0 ? factor / ((n - 1) * sd) : 0.0; };
       out.row(kMomentA)[k] = static_cast<scalar_t>(n > 0 ? 2 / (n * dim) * shift : 0.0);
-      out.row(kMomentC)[k] = static_cast<scalar_t>(slope(2 / dim * spread, sd_pred));
+      out.row(kMomentC)[k] = static_cast<scalar_t>(slope(2 / dim * sd_difference, sd_pred));
       out.row(kMomentPred)[k] = static_cast<scalar_t>(sums.row(kMeanPred)[k]);
-      out.row(kMomentCTarget)[k] = static_cast<scalar_t>(slope(2 / dim * spread, sd_target));
+      out.row(kMomentCTarget)[k] = static_cast<scalar_t>(slope(2 / dim * sd_difference, sd_target));
       out.row(kMomentTarget)[k] = static_cast<scalar_t>(sums.row(kMeanTarget)[k]);
       const double sd_unit = deviation(kUnitPredS, k);
       const double missing = (gamma < 0 ? deviation(kUnitTargetS, k) : gamma) - sd_unit;

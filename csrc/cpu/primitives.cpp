@@ -236,7 +236,7 @@ void mirror_columns(const Tensor& columns, const Tensor& mirrored) {
 }  // namespace
 
 const Primitives primitives = {
-    /*any_dtype=*/false, /*splits_memory=*/true, prepare, row_stats, softmax_rows_, softmax_stats_, softmax_cols,
+    /*reads_any_dtype=*/false, /*splits_memory=*/true, prepare, row_stats, softmax_rows_, softmax_stats_, softmax_cols,
     col_factors, softmax_weights_, row_dots, col_stats, col_terms, col_dots, term_sums, row_combine, temperature_grad,
     mirror_rows, mirror_columns, balance};
 

@@ -24,7 +24,8 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
-// Rows that are computed from in T and stored in T or, where that is float32, in 16 bits; with unit stride along cols.
+// Rows as they lie in memory: in T, the type that is computed in, or in 16 bits where T is float32. Unit stride along
+// cols.
 struct AnyRows {
   const char* data;
   Dtype dtype;

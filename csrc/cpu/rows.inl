@@ -34,17 +34,17 @@ void row_stats_of(
     Matrix<const P> pred, Matrix<const Q> target, Matrix<T> pred_copy, Matrix<T> target_copy, Scalars rows,
     T* key_scale, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    const bool there = counts(rows, i);
+    const bool reads = counts(rows, i);
     const P* p = pred.row(i);
     const Q* t = target.row(i);
     T* const p_copy = pred_copy.data != nullptr ? pred_copy.row(i) : nullptr;
     T* const t_copy = target_copy.data != nullptr ? target_copy.row(i) : nullptr;
-    if (!there) {
+    if (!reads) {
       if (p_copy != nullptr) std::memset(p_copy, 0, pred.cols * sizeof(T));
       if (t_copy != nullptr) std::memset(t_copy, 0, pred.cols * sizeof(T));
     }
     // A masked row, which may hold NaN, has the scalars of zeros.
-    const int64_t cols = there ? pred.cols : 0;
+    const int64_t cols = reads ? pred.cols : 0;
     double pp = 0, tt = 0, dd = 0, pd = 0;
     for_blocks(0, cols, [&](int64_t first, int64_t last) {
       Vector<T> pp_lanes{}, tt_lanes{}, dd_lanes{}, pd_lanes{};
@@ -103,7 +103,7 @@ void row_stats_of(
     rows.at(kPredAtt, i) = 0;
     rows.at(kDiffAtt, i) = 0;
     rows.at(kAttAtt, i) = 0;
-    key_scale[i] = static_cast<T>(there ? inv_target : -1.0);
+    key_scale[i] = static_cast<T>(reads ? inv_target : -1.0);
   }
 }
 
@@ -134,24 +134,24 @@ void row_dots(
       if (form.positives_by_id) positive -= rows.at(kPositives, i) / (1 + rows.at(kPositives, i));
     }
     const T share = static_cast<T>(factor), take = static_cast<T>(positive * rows.at(kInvTarget, i));
-    double po = 0, dq = 0, oo = 0;
+    double p_o = 0, d_o = 0, o_o = 0;
     for_blocks(0, pred.cols, [&](int64_t first, int64_t last) {
-      Vector<T> po_lanes{}, do_lanes{}, oo_lanes{};
+      Vector<T> p_o_lanes{}, d_o_lanes{}, o_o_lanes{};
       for_vectors<T>(first, last, [&](int64_t k, auto access) {
         const Vector<T> pk = access.load(p + k), tk = access.load(t + k);
         const Vector<T> ok = access.load(o + k) * share - tk * take;
-        po_lanes += pk * ok;
-        do_lanes += (pk - tk) * ok;
-        oo_lanes += ok * ok;
+        p_o_lanes += pk * ok;
+        d_o_lanes += (pk - tk) * ok;
+        o_o_lanes += ok * ok;
         access.store(o + k, ok);
       });
-      po += sum<T>(po_lanes);
-      dq += sum<T>(do_lanes);
-      oo += sum<T>(oo_lanes);
+      p_o += sum<T>(p_o_lanes);
+      d_o += sum<T>(d_o_lanes);
+      o_o += sum<T>(o_o_lanes);
     });
-    rows.at(kPredAtt, i) = po;
-    rows.at(kDiffAtt, i) = dq;
-    rows.at(kAttAtt, i) = oo;
+    rows.at(kPredAtt, i) = p_o;
+    rows.at(kDiffAtt, i) = d_o;
+    rows.at(kAttAtt, i) = o_o;
   }
 }
 

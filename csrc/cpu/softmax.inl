@@ -36,7 +36,7 @@ AMN_INLINE void scale_logits(
   if (own_key >= 0 && own_key < keys) s[own_key] = kLowest;
 }
 
-// Largest of s, and how many are not -inf.
+// The largest of s; -inf where all are.
 template <class T>
 AMN_INLINE double largest(const T* s, int64_t keys) {
   constexpr T kLowest = -std::numeric_limits<T>::infinity();
@@ -48,6 +48,7 @@ AMN_INLINE double largest(const T* s, int64_t keys) {
   return maximum<T>(lanes);
 }
 
+// How many of s are not -inf: the keys that the row has.
 template <class T>
 AMN_INLINE int64_t count_keys(const T* s, int64_t keys) {
   int64_t count = 0;
@@ -87,7 +88,7 @@ AMN_INLINE double merge_softmax(double& max, double& others, double now, double 
   return shrink;
 }
 
-// Number of other keys in a block that has all of them unless some are masked or left out.
+// How many keys of a block the row has. Where none can be left out (plain), all but its own.
 template <class T>
 AMN_INLINE int64_t keys_of_row(const T* s, int64_t keys, bool has_own, bool plain) {
   return plain ? keys - has_own : count_keys(s, keys);

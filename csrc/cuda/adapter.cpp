@@ -149,7 +149,7 @@ void col_stats_of(
     const Tensor& pred, const Tensor& target, const Tensor& rows, const Tensor& moments, const Tensor& count) {
   const Matrix p = matrix(pred), t = matrix(target);
   const auto real = is_double(p, t) ? at::kDouble : at::kFloat;
-  const Tensor partial = at::empty({moment_parts(p.groups * p.rows, p.cols)}, pred.options().dtype(real));
+  const Tensor partial = at::empty({col_stats_scratch(p.groups * p.rows, p.cols)}, pred.options().dtype(real));
   on_device_of(pred, [&](cudaStream_t stream) {
     col_stats(
         p, t, scalars(rows), moments.data_ptr<double>(), count.data_ptr<double>(), partial.data_ptr(), stream);
@@ -176,7 +176,7 @@ void term_sums_of(
     const Tensor& rows, const Tensor& col_values, const TermList& terms, const InfonceForm& form, int64_t dim,
     const amn::Temperature& temperature, const Tensor& weights, const Tensor& values, const Tensor& gram,
     const Tensor& metrics, const Tensor& loss) {
-  const Tensor partial = at::empty({sum_parts(rows.size(1))}, rows.options());
+  const Tensor partial = at::empty({term_sums_scratch(rows.size(1))}, rows.options());
   on_device_of(rows, [&](cudaStream_t stream) {
     term_sums(
         scalars(rows), rows.size(1), static_cast<const double*>(data_of(col_values)), terms, form, dim,
@@ -231,7 +231,7 @@ void balance_of(
 }  // namespace
 
 const Primitives primitives = {
-    /*any_dtype=*/true, /*splits_memory=*/false, prepare_memory, row_stats_of, softmax_rows_of, softmax_stats_of,
+    /*reads_any_dtype=*/true, /*splits_memory=*/false, prepare_memory, row_stats_of, softmax_rows_of, softmax_stats_of,
     softmax_cols_of, col_factors_of, softmax_weights_of, row_dots_of, col_stats_of, col_terms_of, col_dots_of,
     term_sums_of, row_combine_of, temperature_grad_of, mirror_rows_of, mirror_columns_of, balance_of};
 

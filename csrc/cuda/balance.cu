@@ -4,10 +4,6 @@
 namespace amn::cuda {
 namespace {
 
-// The constants of python_ref/balance.py, where they are explained.
-constexpr float kSpike = 9, kLeast = 1e-6f;
-constexpr int64_t kSpikeAfter = 10;
-
 __device__ float corrected(const BalanceState& state, int64_t i, double decay) {
   const double updates = state.updates[i] > 1 ? state.updates[i] : 1;
   return static_cast<float>(state.mean[i] / (1 - pow(decay, updates)));
@@ -47,13 +43,13 @@ __global__ void balance_kernel(
         const float current = observes ? observed(i) : 0;  // a NaN loses the comparison
         ratio = sqrtf(anchor) / sqrtf(current > known ? current : known);
       }
-      ratio = ratio > kLeast ? ratio : kLeast;
+      ratio = ratio > kLeastRatio ? ratio : kLeastRatio;
       ratio = ratio < state.most[i] ? ratio : state.most[i];
     }
     weights[i] = static_cast<Real>(state.lambdas[i] * ratio);
     sum += double{weights[i]} * values[i];
   }
-  if (loss != nullptr) *loss = static_cast<Real>(sum);
+  *loss = static_cast<Real>(sum);
 }
 
 }  // namespace

@@ -11,11 +11,12 @@ namespace {
 
 constexpr int kColumnThreads = 128;
 constexpr int64_t kLeastRows = 64, kMostParts = 256;
-constexpr int kMeans = kPredPredS;             // the first moments are means ...
-constexpr int kProducts = kMoments - kMeans;   // ... of which these are the products: (left, right) of each
-constexpr int kPartNumbers = kMoments + 1;     // and the number of rows
+// Moments 0 ... kMeans - 1 are means, the others sums of products of these.
+constexpr int kMeans = kPredPredS;
+constexpr int kProducts = kMoments - kMeans;
+constexpr int kPartNumbers = kMoments + 1;  // and the number of rows
 
-// Number `of` of (left, right) whose product is moment kMeans + q.
+// Moment kMeans + q is S(x, y), where the means of x and y are moments left(q) and right(q).
 __device__ constexpr int left(int q) { return q < 3 ? q : q == 3 ? 2 : q - 1; }
 __device__ constexpr int right(int q) { return q < 3 ? q : q == 3 ? 0 : q - 1; }
 
@@ -122,19 +123,19 @@ __global__ void __launch_bounds__(kColumnThreads) col_terms_kernel(
     const auto deviation = [&](Moment square) { return n > 1 ? sqrt(of(square) / (n - 1)) : of(square) * 0; };
     const auto slope = [&](double factor, double sd) { return sd > 0 ? factor / ((n - 1) * sd) : 0.0; };
     const double sd_pred = deviation(kPredPredS), sd_target = deviation(kTargetTargetS);
-    double spread = sd_pred - sd_target;
+    double sd_difference = sd_pred - sd_target;
     // sd_p^2 - sd_t^2 = S(d, p + t)/(n - 1) = (2 S(d, p) - S(d, d))/(n - 1), in which nothing cancels for p near t.
-    if (fabs(spread) < 0.5 * sd_target) {
-      spread = (2 * of(kDiffPredS) - of(kDiffDiffS)) / (n - 1) / (sd_pred + sd_target);
+    if (fabs(sd_difference) < 0.5 * sd_target) {
+      sd_difference = (2 * of(kDiffPredS) - of(kDiffDiffS)) / (n - 1) / (sd_pred + sd_target);
     }
     const double shift = of(kMeanDiff), sd_unit = deviation(kUnitPredS);
     const double missing = (gamma < 0 ? deviation(kUnitTargetS) : gamma) - sd_unit;
-    moment += shift * shift + spread * spread;
+    moment += shift * shift + sd_difference * sd_difference;
     variance += missing > 0 || missing != missing ? missing : 0;
     out[kMomentA * stride + k] = n > 0 ? 2 / (n * dim) * shift : 0.0;
-    out[kMomentC * stride + k] = slope(2 / dim * spread, sd_pred);
+    out[kMomentC * stride + k] = slope(2 / dim * sd_difference, sd_pred);
     out[kMomentPred * stride + k] = of(kMeanPred);
-    out[kMomentCTarget * stride + k] = slope(2 / dim * spread, sd_target);
+    out[kMomentCTarget * stride + k] = slope(2 / dim * sd_difference, sd_target);
     out[kMomentTarget * stride + k] = of(kMeanTarget);
     out[kVarianceV * stride + k] = missing > 0 ? slope(-1 / dim, sd_unit) : 0.0;
     out[kVarianceUnit * stride + k] = of(kMeanUnitPred);
@@ -212,7 +213,7 @@ dim3 columns_grid(int64_t dim, int64_t parts) {
 
 }  // namespace
 
-int64_t moment_parts(int64_t rows, int64_t dim) { return parts_of(rows) * kPartNumbers * dim; }
+int64_t col_stats_scratch(int64_t rows, int64_t dim) { return parts_of(rows) * kPartNumbers * dim; }
 
 void col_stats(
     const Matrix& pred, const Matrix& target, const Scalars& rows, double* moments, double* count, void* partial,

@@ -99,8 +99,8 @@ void row_combine(
     const Incoming& incoming, const Matrix& pred, const Matrix& target, const Matrix& attention, const Matrix& columns,
     const Scalars& rows, const Temperature& temperature, const Matrix& grad, Dtype real, cudaStream_t stream);
 
-// `partial` is scratch memory of moment_parts(M, D) numbers of the dtype that is computed in.
-int64_t moment_parts(int64_t rows, int64_t dim);
+// `partial` is scratch memory of col_stats_scratch(M, D) numbers of the dtype that is computed in.
+int64_t col_stats_scratch(int64_t rows, int64_t dim);
 void col_stats(
     const Matrix& pred, const Matrix& target, const Scalars& rows, double* moments, double* count, void* partial,
     cudaStream_t stream);
@@ -113,9 +113,9 @@ void col_dots(
     const Matrix& pred, const Matrix& target, const Matrix& attention, const Matrix& columns, const Scalars& rows,
     cudaStream_t stream);
 
-// `partial` is scratch memory of sum_parts(N) numbers. values, gram and metrics are real, as is loss, which is
+// `partial` is scratch memory of term_sums_scratch(N) numbers. values, gram and metrics are real, as is loss, which is
 // weights.values; gram and loss may be null.
-int64_t sum_parts(int64_t rows);
+int64_t term_sums_scratch(int64_t rows);
 void term_sums(
     const Scalars& rows, int64_t count, const double* col_values, const TermList& terms, const InfonceForm& form,
     int64_t dim, const Temperature& temperature, Dtype real, double* partial, const void* weights, void* values,

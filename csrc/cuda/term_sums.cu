@@ -195,7 +195,7 @@ int64_t blocks_for(int64_t rows) { return rows <= kRowsOfOneBlock ? 1 : (rows + 
 
 }  // namespace
 
-int64_t sum_parts(int64_t rows) { return blocks_for(rows) > 1 ? blocks_for(rows) * kSums : 0; }
+int64_t term_sums_scratch(int64_t rows) { return blocks_for(rows) > 1 ? blocks_for(rows) * kSums : 0; }
 
 void term_sums(
     const Scalars& rows, int64_t count, const double* col_values, const TermList& terms, const InfonceForm& form,

@@ -106,8 +106,8 @@ MUTATIONS = (
         "kept[number].second, /*raw=*/false", "kept[number].second, /*raw=*/true", _CHUNKS,
     ),
     Mutation(
-        "a chunk overwrites what is kept", "infonce.h", "std::min(chunk.begin / rows, slots - 1)", "int64_t{0}",
-        _CHUNKS,
+        "a chunk overwrites what is kept", "infonce.h",
+        "std::min(chunk.begin / plan.rows, plan.slots - 1)", "int64_t{0}", _CHUNKS,
     ),
     Mutation(
         "keys attend to rows that are not divided by their norm", "infonce.h",

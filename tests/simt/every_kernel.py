@@ -14,7 +14,7 @@ from amn_kernels.primitives import (
     MOMENTS,
     PLAIN_ROWS,
     Attention,
-    Form,
+    InfonceForm,
     Pairs,
     Row,
     Temperature,
@@ -45,7 +45,7 @@ def run_every_kernel(primitives: SimtPrimitives, sizes: Sizes, dtype: torch.dtyp
 
     pred, target, attention = random(n, dim, dtype=dtype), random(n, dim, dtype=dtype), random(n, dim)
     rows = _rows(n)
-    plain, general = Form(False, False), Form(True, True)
+    plain, general = InfonceForm(False, False), InfonceForm(True, True)
     tau, learned = Temperature(0.1, None), Temperature(0.1, torch.tensor(0.1))
     pairs = Pairs(torch.arange(n), torch.arange(keys).view(1, keys) // 2, None, 0.0)
     no_pairs = Pairs(None, None, None, 0.0)

@@ -40,9 +40,9 @@ void simt_seed(uint64_t seed) { simt::seed(seed); }
 
 void simt_observe(void (*observer)(const simt::Observed*)) { simt::observer = observer; }
 
-int64_t simt_moment_parts(int64_t rows, int64_t dim) { return amn::cuda::moment_parts(rows, dim); }
+int64_t simt_col_stats_scratch(int64_t rows, int64_t dim) { return amn::cuda::col_stats_scratch(rows, dim); }
 
-int64_t simt_sum_parts(int64_t rows) { return amn::cuda::sum_parts(rows); }
+int64_t simt_term_sums_scratch(int64_t rows) { return amn::cuda::term_sums_scratch(rows); }
 
 // Null, or what went wrong.
 const char* simt_call(const char* name, void* const* values, const size_t* sizes, size_t count) {

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from amn_kernels.options import DEFAULT_CHUNK_BYTES
-from amn_kernels.primitives import COLUMN_SUMS, COLUMNS, Attention, Form, Pairs, Row, Temperature, TermList
+from amn_kernels.primitives import COLUMN_SUMS, COLUMNS, Attention, InfonceForm, Pairs, Row, Temperature, TermList
 
 from .trace import Argument, Library
 
@@ -135,7 +135,7 @@ class SimtPrimitives:
         self._library = library
         self._half_weights = False
 
-    def row_stats(self, pred, target, rows, key_scale, form: Form, weight=-1.0) -> None:
+    def row_stats(self, pred, target, rows, key_scale, form: InfonceForm, weight=-1.0) -> None:
         arguments = (_matrix(pred), _matrix(target), _scalars(rows), _by_group(key_scale))
         self._library.call("row_stats", *arguments, Argument(c_double(weight)), Argument(_Form(*form)))
 
@@ -144,11 +144,11 @@ class SimtPrimitives:
         self._library.call("softmax_rows_", *arguments, _pairs(pairs), Argument(c_int64(own)), _temperature(tau))
         self._half_weights = weights.itemsize == 2
 
-    def softmax_stats_(self, logits, key_scale, rows, pairs: Pairs, form: Form, own, tau: Temperature) -> None:
+    def softmax_stats_(self, logits, key_scale, rows, pairs: Pairs, form: InfonceForm, own, tau: Temperature) -> None:
         arguments = (_matrix(logits), _matrix(key_scale), _scalars(rows), _pairs(pairs), Argument(_Form(*form)))
         self._library.call("softmax_stats_", *arguments, Argument(c_int64(own)), _temperature(tau))
 
-    def softmax_cols(self, logits, sums, pairs: Pairs, form: Form) -> None:
+    def softmax_cols(self, logits, sums, pairs: Pairs, form: InfonceForm) -> None:
         rows = sums.new_zeros(len(Row), *sums.shape[1:])
         rows[list(COLUMN_SUMS)] = sums
         cols = Argument(c_int64(sums.shape[-1]))
@@ -164,7 +164,7 @@ class SimtPrimitives:
         )
 
     def softmax_weights_(
-        self, logits, key_scale, rows, cols, pairs: Pairs, form: Form, own, raw: bool, tau: Temperature, weights
+        self, logits, key_scale, rows, cols, pairs: Pairs, form: InfonceForm, own, raw: bool, tau: Temperature, weights
     ) -> None:
         arguments = (_matrix(logits), _matrix(key_scale), _scalars(rows), _by_group(cols[0]), _by_group(cols[1]))
         more = (_pairs(pairs), Argument(_Form(*form)), Argument(c_int64(own)), Argument(c_bool(raw)))
@@ -172,14 +172,14 @@ class SimtPrimitives:
         if weights is not logits:
             weights.copy_(logits)
 
-    def row_dots(self, pred, target, attention, rows, held: Attention, form: Form, tau: Temperature) -> None:
+    def row_dots(self, pred, target, attention, rows, held: Attention, form: InfonceForm, tau: Temperature) -> None:
         if held == Attention.UNNORMALISED and self._half_weights:
             held = _SCALED
         arguments = (_matrix(pred), _matrix(target), _matrix(attention), _scalars(rows), Argument(c_int64(held)))
         self._library.call("row_dots", *arguments, Argument(_Form(*form)), _temperature(tau))
 
     def col_stats(self, pred, target, rows, moments, count) -> None:
-        partial = self._scratch(self._library.moment_parts(rows.shape[1], pred.shape[-1]), pred, target)
+        partial = self._scratch(self._library.col_stats_scratch(rows.shape[1], pred.shape[-1]), pred, target)
         arguments = (_matrix(pred), _matrix(target), _scalars(rows), _pointer(moments), _pointer(count))
         self._library.call("col_stats", *arguments, _pointer(partial))
 
@@ -192,11 +192,11 @@ class SimtPrimitives:
         self._library.call("col_dots", *arguments)
 
     def term_sums(
-        self, rows, col_values, terms: TermList, form: Form, dim, tau: Temperature, values, gram, metrics,
+        self, rows, col_values, terms: TermList, form: InfonceForm, dim, tau: Temperature, values, gram, metrics,
         weights=None, loss=None,
     ) -> None:  # fmt: skip
         count = rows.shape[1]
-        partial = torch.full((self._library.sum_parts(count),), torch.nan, dtype=torch.float64)
+        partial = torch.full((self._library.term_sums_scratch(count),), torch.nan, dtype=torch.float64)
         arguments = (_scalars(rows), Argument(c_int64(count)), _pointer(col_values), Argument(_terms(terms)))
         more = (Argument(_Form(*form)), Argument(c_int64(dim)), _temperature(tau))
         real = Argument(c_int32(_DTYPES[values.dtype]))

@@ -6,7 +6,7 @@ import torch
 from combinations import label, sample
 from error_rule import TERMS, assert_error_rule, make_rows, relative_error, rows_far_below, seq_loss, truth
 
-from amn_kernels.primitives import Form, Row, Temperature, TermList
+from amn_kernels.primitives import InfonceForm, Row, Temperature, TermList
 from amn_kernels.reference.balance import balance
 
 from .backend import check_simt, simt_backend
@@ -103,7 +103,7 @@ def test_incoming_gradient_of_loss_and_values(library, real):
 def test_row_stats_sets_the_weight_of_all_rows(library):
     pred, target = make_rows(5, 9)
     rows, scale = torch.full((len(Row), 5), torch.nan, dtype=torch.float64), torch.empty(5)
-    SimtPrimitives(library).row_stats(pred, target, rows, scale, Form(False, False), weight=0.2)
+    SimtPrimitives(library).row_stats(pred, target, rows, scale, InfonceForm(False, False), weight=0.2)
     assert rows[Row.WEIGHT].tolist() == [0.2] * 5
     assert relative_error(rows[Row.DIFF_DIFF], (pred - target).double().square().sum(1)) <= 1e-6
 
@@ -116,7 +116,7 @@ def test_loss_of_term_sums(library, count):
     rows[Row.WEIGHT] = 1 / count
     values, weights, loss = torch.empty(2), torch.tensor([0.7, 0.2]), torch.full((), torch.nan)
     primitives.term_sums(
-        rows, torch.empty(0), terms, Form(False, False), 4, Temperature(0.1, None), values, torch.empty(0, 0),
+        rows, torch.empty(0), terms, InfonceForm(False, False), 4, Temperature(0.1, None), values, torch.empty(0, 0),
         torch.empty(5), weights=weights, loss=loss,
     )  # fmt: skip
     assert relative_error(values[0], rows[Row.DIFF_DIFF].mean() / 4) <= 1e-6

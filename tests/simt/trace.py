@@ -45,13 +45,13 @@ class Library:
         if self._trace is not None:
             self._record(name, arguments, pieces, before)
 
-    def moment_parts(self, rows: int, dim: int) -> int:
+    def col_stats_scratch(self, rows: int, dim: int) -> int:
         """Numbers of scratch memory that col_stats needs."""
-        return self._size("simt_moment_parts", rows, dim)
+        return self._size("simt_col_stats_scratch", rows, dim)
 
-    def sum_parts(self, rows: int) -> int:
+    def term_sums_scratch(self, rows: int) -> int:
         """Numbers of scratch memory that term_sums needs."""
-        return self._size("simt_sum_parts", rows)
+        return self._size("simt_term_sums_scratch", rows)
 
     def _size(self, name: str, *sizes: int) -> int:
         function = getattr(self._library, name)
