@@ -88,7 +88,7 @@ MUTATIONS = (
     ),
     # What no value shows.
     Mutation(
-        "a tile that does not fit the registers", "small_groups.py", "64: Tile(64, 8, 2)", "64: Tile(256, 4, 2)",
+        "a tile that does not fit the registers", "small_groups.py", "64: Tile(64, 8, 1)", "64: Tile(256, 4, 2)",
         ttsem=_SMALL, compiled=("triton",),
     ),
     Mutation(
