@@ -1,24 +1,32 @@
 """Run by torchrun from test_distributed.py: every rank checks its part against one process with all rows."""
 
+import contextlib
 import datetime
 import itertools
 import os
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from error_rule import make_rows, relative_error
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from amn_kernels import FusedSeqLoss, NegativeQueue
+from amn_kernels import FusedSeqLoss, NegativeQueue, algorithm, infonce
 
 TERMS = {"mse": 1.0, "cosine": 0.5, "infonce": 0.7, "moment": 0.4, "variance": 0.3}
 
+TIMEOUT = 20
+"""Seconds that ranks wait for one that is killed; else it is much longer, as four of them may be slow to start."""
 
-TIMEOUT = 20  # seconds
+
+def inverse_norms(gram, values):
+    """A weighting by a function."""
+    return gram.diagonal().rsqrt()
 
 
 def parts(x, sizes):
@@ -45,12 +53,35 @@ def cases():
             torch.float64,
         )
     yield {"learnable_temperature": True}, {"gradients": ("pred", "target")}, torch.float64
-    yield {"chunk_bytes": 1}, {"gradients": ("pred",)}, torch.float64
+    yield {"variance_target": 0.3}, {"mask": True, "gradients": ("pred", "target")}, torch.float64
+    every = ("pred", "target", "extra")
+    for monitor in (("mse", "moment"), ("cosine", "variance"), ("infonce",)):
+        options = {**dict.fromkeys(monitor, 0.0), "monitor": monitor, "direction": "both", "positives": "ids"}
+        yield options, {"ids": True, "mask": True, "extra": True, "gradients": every}, torch.float64
+    yield {"learnable_temperature": True, "direction": "both"}, {"extra": True, "gradients": every}, torch.float64
+    yield {"weighting": inverse_norms}, {"mask": True, "gradients": ("pred", "target")}, torch.float64
+    for weighting in ("value", "gradient"):
+        state = {"weighting": weighting, "anchor": "infonce", "ema": 0.5, "update_every": 2}
+        yield state, {"mask": True, "ids": True, "gradients": ("pred",)}, torch.float32
+    for dtype in (torch.bfloat16, torch.float16):
+        options = {"direction": "both", "positives": "ids", "false_negative_margin": 0.6}
+        yield options, {"ids": True, "mask": True, "gradients": ("pred", "target")}, dtype
     for weighting in ("fixed", "value", "gradient"):
         yield {"weighting": weighting, "direction": "both"}, {"gradients": ("pred", "target")}, torch.float32
     yield {}, {"gradients": ("pred", "target")}, torch.bfloat16
     yield {}, {"gradients": ()}, torch.float32
     yield {"infonce": 0.0, "monitor": ("infonce",)}, {"gradients": ("pred",)}, torch.float32
+
+
+@contextlib.contextmanager
+def small_pieces():
+    """Chunks of 3 rows and blocks of 2 keys, so that no rank's 5 to 12 rows are one."""
+    with (
+        mock.patch.object(infonce, "MIN_BLOCK_KEYS", 2),
+        mock.patch.object(infonce, "CHUNK_ROWS", 3),
+        mock.patch.object(algorithm, "CHUNK_ROWS", 3),
+    ):
+        yield
 
 
 def check(rank, sizes, options, given, dtype):
@@ -114,20 +145,117 @@ def check(rank, sizes, options, given, dtype):
         assert torch.equal(together.weighting.updates, alone.weighting.updates)
 
 
-def local_keys(rank, sizes):
-    """process_group without gather_negatives: the mean over all rows of losses against the keys of the own rank."""
-    pred, target = make_rows(sum(sizes), 12, dtype=torch.float64)
-    options = {"mse": 0.0, "infonce": 1.0, "weighting": "fixed", "direction": "both"}
-    own = [parts(x, sizes)[rank].requires_grad_() for x in (pred, target)]
-    loss = FusedSeqLoss(**options, process_group=dist.group.WORLD)(*own)
+def by_group(x, negatives):  # rows of one rank, [n, ...] or [B, T, ...] -> [G, M, ...]
+    if negatives == "all":
+        return x.unsqueeze(0)
+    return x.transpose(0, 1) if negatives == "step" else x
+
+
+def filled_up(shares, negatives, filler):  # -> [sum of G, M, ...]
+    """The groups of all ranks one below the other, filled up to the rows of the largest."""
+    groups = [by_group(x, negatives) for x in shares]
+    most = max(x.shape[1] for x in groups)
+    missing = [x.new_full((len(x), most - x.shape[1], *x.shape[2:]), filler) for x in groups]
+    return torch.cat([torch.cat(pair, dim=1) for pair in zip(groups, missing, strict=True)])
+
+
+FORMS = (
+    ({}, ()),
+    ({"false_negative_margin": 0.6, "cosine": 0.0, "monitor": ("cosine",)}, ("ids", "mask")),
+    ({"positives": "ids", "moment": 0.0, "monitor": ("moment",)}, ("ids", "extra")),
+    ({"positives": "ids", "mse": 0.0, "variance": 0.0, "monitor": ("mse", "variance")}, ("ids", "mask", "extra")),
+    ({"false_negative_margin": 0.6, "variance_target": 0.3}, ("mask", "extra")),
+)
+"""Options, and which tensors to give."""
+
+
+def keys_of_the_own_rank(rank, ranks):
+    """process_group alone: InfoNCE within the groups of each rank, all else over the rows of all.
+
+    One process has the same of all these groups, filled up to one size with masked rows.
+    """
+    grid = itertools.product(("all", "step", "sequence"), ("pred_to_target", "both"), FORMS)
+    for number, (negatives, direction, (options, given)) in enumerate(grid):
+        shapes = ([(n,) for n in (9, 5, 12, 7)] if negatives == "all" else [(b, 4) for b in (3, 2, 4, 1)])[:ranks]
+        generator = torch.Generator().manual_seed(number)
+        rows = [make_rows(*shape, 12, dtype=torch.float64, distance=0.7, seed=r) for r, shape in enumerate(shapes)]
+        masks = [torch.rand(shape, generator=generator) > 0.3 * ("mask" in given) for shape in shapes]
+        ids = [torch.randint(0, 4, shape, generator=generator) for shape in shapes]
+        extra = make_rows(6, 12, dtype=torch.float64, seed=50)[0]  # the same on every rank
+        for (pred, target), mask in zip(rows, masks, strict=True):
+            pred.view(-1, 12)[2], target.view(-1, 12)[3] = 0, 0
+            pred[~mask] = torch.nan
+        weighting = ("fixed", "gradient", "value")[number % 3]
+        options = {"weighting": weighting, "temperature": 0.3, "direction": direction, **TERMS, **options}
+
+        def run(criterion, pred, target, mask, ids, given=given, extra=extra):
+            leaves = [x.clone().requires_grad_() for x in (pred, target, extra)[: 3 if "extra" in given else 2]]
+            further = {"extra_negatives": leaves[2]} if "extra" in given else {}
+            further |= {"ids": ids} if "ids" in given else {}
+            for _ in range(2):
+                loss = criterion(*leaves[:2], mask=mask, **further)
+            return loss, torch.autograd.grad(loss, leaves), criterion.stats
+
+        pred, target = zip(*rows, strict=True)
+        whole = [filled_up(x, negatives, torch.nan) for x in (pred, target)]
+        whole += [filled_up(masks, negatives, False), filled_up(ids, negatives, 0)]
+        wanted_loss, wanted_gradients, wanted = run(FusedSeqLoss(**options, negatives="sequence"), *whole)
+        together = FusedSeqLoss(**options, negatives=negatives, process_group=dist.group.WORLD)
+        mask = masks[rank] if "mask" in given else None
+        loss, gradients, stats = run(together, *rows[rank], mask, ids[rank])
+
+        what = f"{negatives} {options} {given}"
+        tolerance = 1e-11 if weighting == "fixed" else 1e-6  # the state is float32
+        assert relative_error(loss, wanted_loss) <= tolerance, what
+        groups = [len(by_group(x, negatives)) for x in pred]
+        for gradient, of_all in zip(gradients[:2], wanted_gradients[:2], strict=True):
+            got = by_group(gradient, negatives)
+            part = of_all.split(groups)[rank][:, : got.shape[1]] * ranks
+            assert (got - part).norm() <= tolerance * ranks * of_all.norm(), what
+        if "extra" in given:
+            of_extra = gradients[2].clone()
+            dist.all_reduce(of_extra)
+            assert relative_error(of_extra / ranks, wanted_gradients[2]) <= tolerance, what
+        assert relative_error(stats.weights, wanted.weights) <= tolerance, what
+        assert relative_error(stats.metrics, wanted.metrics) <= 1e-11, what
+        norms = wanted.gram.diagonal().sqrt()
+        error = (stats.gram - wanted.gram).abs() / (norms.unsqueeze(1) * norms).clamp(min=1e-30)
+        assert error.max() <= 1e-10, what
+
+
+def extra_negatives_of_their_own(rank, sizes):
+    """Every rank has other ones, and another number of them: keys for its own rows and no others, by hand."""
+    temperature, ranks = 0.3, len(sizes)
+    leaves = [x.requires_grad_() for x in make_rows(sum(sizes), 12, dtype=torch.float64, distance=0.7)]
+    extras = [make_rows(3 + r, 12, dtype=torch.float64, seed=20 + r)[0].requires_grad_() for r in range(ranks)]
+    pred, target = (F.normalize(x, dim=1) for x in leaves)
+    losses, first = [], 0
+    for size, extra in zip(sizes, extras, strict=True):
+        logits = pred[first : first + size] @ torch.cat([target, F.normalize(extra, dim=1)]).T / temperature
+        losses.append(F.cross_entropy(logits, torch.arange(first, first + size), reduction="sum"))
+        first += size
+    whole = sum(losses) / sum(sizes)
+    wanted = torch.autograd.grad(whole, [*leaves, extras[rank]])
+    own = [*(parts(x, sizes)[rank] for x in leaves), extras[rank]]
+    own = [x.detach().clone().requires_grad_() for x in own]
+    criterion = FusedSeqLoss(mse=0.0, infonce=1.0, temperature=temperature, weighting="fixed", gather_negatives=True)
+    loss = criterion(*own[:2], extra_negatives=own[2])
     gradients = torch.autograd.grad(loss, own)
-    alone = FusedSeqLoss(**options)
-    losses = [alone(p, t) for p, t in zip(*(parts(x, sizes) for x in (pred, target)), strict=True)]
-    wanted = sum(size * x for size, x in zip(sizes, losses, strict=True)) / sum(sizes)
-    assert relative_error(loss, wanted) <= 1e-12
-    twin = [x.detach().requires_grad_() for x in own]
-    for got, local in zip(gradients, torch.autograd.grad(alone(*twin), twin), strict=True):
-        assert relative_error(got, local * sizes[rank] / sum(sizes) * len(sizes)) <= 1e-12
+    assert relative_error(loss, whole) <= 1e-12
+    for got, of_all in zip(gradients[:2], wanted[:2], strict=True):
+        assert relative_error(got, ranks * parts(of_all, sizes)[rank]) <= 1e-11
+    assert relative_error(gradients[2], ranks * wanted[2]) <= 1e-11
+
+
+def second_derivatives(rank, sizes):
+    """There are none, and that is an error, not a part of a gradient that is silently missing."""
+    pred, target = (parts(x, sizes)[rank] for x in make_rows(sum(sizes), 12, dtype=torch.float64))
+    for options in ({"process_group": dist.group.WORLD}, {"gather_negatives": True}):
+        leaf = pred.clone().requires_grad_()
+        loss = FusedSeqLoss(infonce=1.0, weighting="fixed", **options)(leaf, target)
+        (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="no double backward"):
+            (loss + first.square().sum()).backward()
 
 
 def data_parallel(rank, sizes):
@@ -238,7 +366,7 @@ def killed(rank):
 
 def main():
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT if "killed" in sys.argv else 300))
     rank, ranks = dist.get_rank(), dist.get_world_size()
     sizes = [9, 5, 12, 7][:ranks]
     if "killed" in sys.argv:
@@ -247,7 +375,13 @@ def main():
     for options, given, dtype in cases():
         check(rank, sizes, options, given, dtype)
         count += 1
-    local_keys(rank, sizes)
+        if dtype == torch.float64:
+            with small_pieces():
+                check(rank, sizes, {**options, "chunk_bytes": 1}, given, dtype)
+            count += 1
+    keys_of_the_own_rank(rank, ranks)
+    extra_negatives_of_their_own(rank, sizes)
+    second_derivatives(rank, sizes)
     data_parallel(rank, sizes)
     learned_temperature(rank, sizes)
     without_gradients(rank, sizes)
