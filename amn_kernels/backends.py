@@ -117,6 +117,8 @@ def _compiled_run(call: Call) -> Outcome:
 def _triton_unsupported(call: Call) -> str | None:
     if not call.pred.is_cuda:
         return f"pred is on {call.pred.device}"
+    if reason := triton.why_unsupported(call.pred.device):
+        return reason
     if not call.options.fused:
         return _UNFUSED
     if torch.float64 in (call.pred.dtype, call.target.dtype):

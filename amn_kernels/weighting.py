@@ -152,7 +152,7 @@ def _step_for(device: torch.device) -> Callable[..., Tensor]:
     """`amn_kernels.reference.balance.balance`, or its fused twin for the device."""
     if (ops.why_unavailable() if device.type == "cpu" else ops.why_no_cuda()) is None:
         return ops.balance
-    if device.type == "cuda" and triton.why_unavailable() is None:
+    if device.type == "cuda" and triton.why_unavailable() is None and triton.why_unsupported(device) is None:
         from amn_kernels.triton import backend
 
         return backend.balance

@@ -15,7 +15,7 @@ from error_rule import make_rows, relative_error
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from amn_kernels import FusedSeqLoss, backends, ops, reference, triton
+from amn_kernels import FusedSeqLoss, backends, ops, reference, triton, weighting
 from amn_kernels.options import LossOptions
 
 pytest.importorskip("triton")
@@ -72,8 +72,47 @@ def test_compiles_as_one_graph(backend, options):
 
 @pytest.fixture
 def _a_device(monkeypatch):
-    cuda = types.SimpleNamespace(is_available=lambda: True)
+    cuda = types.SimpleNamespace(is_available=lambda: True, get_device_capability=lambda device: (9, 0))
     monkeypatch.setattr(triton, "torch", types.SimpleNamespace(cuda=cuda))
+    triton._asked.cache_clear()
+    yield
+    triton._asked.cache_clear()
+
+
+@pytest.mark.usefixtures("_a_device")
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (12, 1)])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_devices_that_triton_does_not_compile_for_are_served_otherwise(monkeypatch, capability, compiled):
+    asked = []
+    monkeypatch.delitem(backends.BACKENDS, "cuda")
+    monkeypatch.setattr(ops, "_HAS_CUDA", False)
+    monkeypatch.setattr(triton.torch.cuda, "get_device_capability", lambda device: asked.append(device) or capability)
+    with FakeTensorMode():
+        pred, target = (torch.empty(4, 3, device="cuda:0") for _ in "pt")
+
+        def name(pred, target):
+            return pred + ["triton", "reference"].index(backends.choose(backends.Call(pred, target, PLAIN), None).name)
+
+        called = torch.compile(name, backend="eager", fullgraph=True) if compiled else name
+        for _ in range(2):
+            called(pred, target)
+        call = backends.Call(pred, target, PLAIN)
+        chosen = backends.choose(call, None).name
+        assert chosen == ("triton" if capability >= (8, 0) else "reference")
+        assert (weighting._step_for(pred.device) is reference.balance.balance) == (chosen == "reference")
+        if chosen == "reference":
+            with pytest.raises(ValueError, match=r"'triton' can't serve this call: cuda:0 has compute capability 7\.5"):
+                backends.choose(call, "triton")
+    assert len(asked) == 1  # and not at every call
+
+
+@pytest.mark.usefixtures("_a_device")
+def test_it_is_not_available_in_a_hip_build(monkeypatch):
+    assert triton.why_unavailable() is None
+    monkeypatch.setattr(triton, "_IS_HIP", True)
+    assert "HIP build" in triton.why_unavailable()
+    with pytest.raises(ValueError, match="'triton' is not available: this torch is a HIP build"):
+        FusedSeqLoss(backend="triton")
 
 
 @pytest.mark.usefixtures("_a_device")

@@ -36,6 +36,26 @@ def _import_error() -> str | None:
     return _searched()
 
 
+# The torch of AMD's devices, which it calls CUDA too; Triton's options of a launch are other ones there.
+_IS_HIP = torch.version.hip is not None
+
+
 def why_unavailable() -> str | None:
     """Why the kernels can't run in this installation, or None if they can."""
+    if _IS_HIP:
+        return "this torch is a HIP build, and the kernels are for CUDA devices"
     return _import_error() or (None if torch.cuda.is_available() else "there is no CUDA device")
+
+
+@functools.cache
+def _asked(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return None  # tracing on fake tensors needs no device
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"{device} has compute capability {major}.{minor}, and Triton's kernels need 8.0"
+
+
+@torch.compiler.assume_constant_result
+def why_unsupported(device: torch.device) -> str | None:
+    """Why the kernels can't run on this CUDA device, or None if they can."""
+    return _asked(device)

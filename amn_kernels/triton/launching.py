@@ -51,8 +51,13 @@ FLAT_TILE = Tile(rows=1, cols=128, warps=4)
 """Of kernels over numbers per row or per column: one a thread, as these are float64, and few beside the rows."""
 
 
-def launch(kernel, programs: int, *arguments, warps: int, **constants) -> None:
-    """Launch over a one-dimensional grid; with fused multiply-adds, which round once less, whatever the default."""
+def launch(kernel, programs: int, *arguments, warps: int, registers: int | None = None, **constants) -> None:
+    """Launch over a one-dimensional grid; with fused multiply-adds, which round once less, whatever the default.
+
+    registers: most of a thread; None: the assembler chooses.
+    """
+    if registers is not None:
+        constants["maxnreg"] = registers
     kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=True, **constants)
 
 

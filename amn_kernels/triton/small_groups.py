@@ -146,7 +146,7 @@ def forward(
             small_groups_kernel, groups, p, t, mask, ids, rows, attention, partial, *outputs, *numbers, size, dim,
             groups, update_every, *strides(p), *strides(t), *_strides(mask), *_strides(ids), **what,
             ATTENDS=attention.numel() > 0, BOTH=both, ONE_GROUP=groups == 1, BLOCK_M=block, BLOCK_D=tile.dims,
-            warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+            warps=tile.warps, num_stages=tile.stages, registers=tile.registers,
         )  # fmt: skip
         if groups > 1:
             launch(
