@@ -157,8 +157,6 @@ def check(case, backend, device="cpu", tolerances=None):
     checked = LossOptions(**options)
 
     def computed(pred, target, temperature, tensors):
-        if tensors.get("extra_negatives") is not None and "infonce" not in checked.terms:
-            tensors = {name: x for name, x in tensors.items() if name != "extra_negatives"}
         loss, stats = functional.evaluate(
             pred,
             target,

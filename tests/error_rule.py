@@ -22,6 +22,13 @@ TERMS = {
 }
 """Options by the name under which a test runs them."""
 
+WITHOUT_INFONCE = {
+    "rows": {"mse": 1.0, "cosine": 0.5},
+    "columns": {"mse": 0.0, "moment": 0.5, "variance": 0.5},
+    "rows and columns": {"mse": 1.0, "cosine": 0.5, "moment": 0.5, "variance": 0.5},
+}
+"""Options under which no matrix product meets the rows."""
+
 FLOOR_ULP = 4
 
 
@@ -97,3 +104,24 @@ def assert_error_rule(draw, *, incoming=1.0, draws=1, backend="cpu", chunk_bytes
     ours_loss, theirs_loss, ours_grad, theirs_grad = squares.sqrt().tolist()
     assert ours_loss <= 2 * theirs_loss + FLOOR_ULP * torch.finfo(ours.loss.dtype).eps
     assert ours_grad <= 2 * theirs_grad + FLOOR_ULP * torch.finfo(pred.dtype).eps
+
+
+def assert_masked_rows_are_not_there(backend, terms, shape, negatives="all", device="cpu"):
+    """Loss, gradients of both sides, Gram matrix and metrics, of rows of NaN and infinity under a mask."""
+    pred, target = (x.to(device) for x in make_rows(*shape, distance=0.5))
+    mask = (torch.arange(pred[..., 0].numel(), device=device) % 3 != 0).view(pred.shape[:-1])
+
+    def run(pred, target, **options):
+        leaves = [x.detach().clone().requires_grad_() for x in (pred, target)]
+        loss, stats = functional.seq_loss(*leaves, **terms, weighting="fixed", backend=backend, **options)
+        return loss.detach(), torch.autograd.grad(loss, leaves), stats
+
+    loss, gradients, stats = run(pred[mask], target[mask])
+    pred[~mask], target[~mask] = torch.nan, torch.inf
+    got, found, told = run(pred, target, mask=mask, negatives=negatives)
+    assert relative_error(got, loss) <= 3e-6
+    for x, wanted in zip(found, gradients, strict=True):
+        assert relative_error(x[mask], wanted) <= 3e-6
+        assert not x[~mask].any()
+    assert relative_error(told.gram, stats.gram) <= 3e-5
+    assert relative_error(told.metrics, stats.metrics) <= 3e-6

@@ -8,7 +8,13 @@ import os
 
 import pytest
 import torch
-from error_rule import FLOOR_ULP, make_rows, relative_error
+from error_rule import (
+    FLOOR_ULP,
+    WITHOUT_INFONCE,
+    assert_masked_rows_are_not_there,
+    make_rows,
+    relative_error,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,14 +33,14 @@ OPTIONS = {
 }
 
 
-def run(pred, target, incoming=1.0, **options):
-    """Loss and gradients of pred and target, multiplied by `incoming`."""
+def run(pred, target, incoming=1.0, *, steps=1, **options):
+    """Loss and gradients of pred and target, multiplied by `incoming`; with negatives="step", of so many steps."""
     leaves = [x.detach().requires_grad_() for x in (pred, target)]
     if options.get("positives") == "ids":
         ids = torch.arange(pred.shape[:-1].numel()).view(pred.shape[:-1])
         options.setdefault("ids", ids % max(2, ids.numel() // 3))
     if options.get("negatives") == "step" and pred.dim() == 2:
-        leaves = [x.view(-1, 1, x.shape[-1]) for x in leaves]
+        leaves = [x.view(-1, steps, x.shape[-1]) for x in leaves]
     loss, _ = functional.seq_loss(*leaves, weighting="fixed", **options)
     gradients = [None] * 2
     if loss.requires_grad:
@@ -94,8 +100,8 @@ EDGES = {
 def test_special_rows(option, edge, dtype, temperature):
     pred, target = EDGES[edge](*make_rows(33, 19, dtype=dtype))
     options = {**OPTIONS[option], "temperature": temperature}
-    true = run(pred.double(), target.double(), **options, backend="reference")
-    ours = run(pred, target, **options, backend="cpu")
+    true = run(pred.double(), target.double(), **options, backend="reference", steps=3)
+    ours = run(pred, target, **options, backend="cpu", steps=3)
     rounding = 16 * torch.finfo(dtype).eps / min(1.0, temperature)
     assert all(x.isfinite().all() for x in true)
     assert (ours[0].double() - true[0]).abs() <= rounding * max(1.0, true[0].item())
@@ -116,8 +122,8 @@ def test_half_precision_near_overflow(option, dtype):
     norm = 6e4 if dtype is torch.float16 else 1e15
     pred, target = ((norm * x / x.norm(dim=1, keepdim=True)).to(dtype) for x in (pred, target))
     incoming = 1.0 if option == "moment" else 16 * norm  # true gradients of 1: no subnormal numbers
-    true = run(pred.double(), target.double(), incoming, **OPTIONS[option], backend="reference")
-    ours = run(pred, target, incoming, **OPTIONS[option], backend="cpu")
+    true = run(pred.double(), target.double(), incoming, **OPTIONS[option], backend="reference", steps=3)
+    ours = run(pred, target, incoming, **OPTIONS[option], backend="cpu", steps=3)
     assert ours[0].item() == pytest.approx(true[0].item(), rel=2e-6)  # float32 logits of 1/0.07
     for got, wanted in zip(ours[1:], true[1:], strict=True):
         assert relative_error(got, wanted) <= 0.51 * torch.finfo(dtype).eps  # rounded once
@@ -149,6 +155,12 @@ def test_few_rows_that_count(option, counting):
     torch.testing.assert_close(grad[mask], torch.autograd.grad(wanted, few)[0], rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize(("shape", "negatives"), [((40, 12), "all"), ((5, 13, 12), "step"), ((5, 13, 12), "sequence")])
+@pytest.mark.parametrize("terms", WITHOUT_INFONCE)
+def test_masked_rows_are_not_read_without_infonce(terms, shape, negatives):
+    assert_masked_rows_are_not_there("cpu", WITHOUT_INFONCE[terms], shape, negatives)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_without_a_row_that_counts_no_variance_is_missing(backend):
     """Not even of a deviation that is asked for by number."""
@@ -173,9 +185,9 @@ def test_without_negatives_infonce_is_zero(direction):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_repeatable_bit_by_bit(option):
     pred, target = make_rows(1100, 40)
-    first = run(pred, target, **OPTIONS[option], backend="cpu")
+    first = run(pred, target, **OPTIONS[option], backend="cpu", steps=5)
     for _ in range(2):
-        for got, wanted in zip(run(pred, target, **OPTIONS[option], backend="cpu"), first, strict=True):
+        for got, wanted in zip(run(pred, target, **OPTIONS[option], backend="cpu", steps=5), first, strict=True):
             assert torch.equal(got, wanted)
 
 
@@ -184,11 +196,24 @@ def test_repeatable_bit_by_bit(option):
 @pytest.mark.parametrize("option", [name for name in OPTIONS if name not in ("moment", "variance")])
 def test_chunk_bytes_change_nothing(option, chunk_bytes, shape):
     pred, target = make_rows(*shape)
-    wanted = run(pred, target, **OPTIONS[option], backend="cpu", chunk_bytes=1 << 30)
-    got = run(pred, target, **OPTIONS[option], backend="cpu", chunk_bytes=chunk_bytes)
+    wanted = run(pred, target, **OPTIONS[option], backend="cpu", steps=5, chunk_bytes=1 << 30)
+    got = run(pred, target, **OPTIONS[option], backend="cpu", steps=5, chunk_bytes=chunk_bytes)
     for x, y in zip(got, wanted, strict=True):
         assert y.norm() > 0
         assert relative_error(x, y) <= 1e-6  # sums in another order
+
+
+@pytest.mark.parametrize("negatives", ["step", "sequence"])
+@pytest.mark.parametrize("chunk_bytes", [1, None])
+@pytest.mark.parametrize("direction", ["pred_to_target", "both"])
+def test_groups_of_more_rows_than_a_chunk(negatives, chunk_bytes, direction):
+    shape = (1100, 2, 12) if negatives == "step" else (2, 1100, 12)
+    pred, target = make_rows(*shape, distance=0.5)
+    options = {**INFONCE, "cosine": 0.5, "direction": direction, "negatives": negatives}
+    found = run(pred, target, **options, backend="cpu", chunk_bytes=chunk_bytes)
+    wanted = run(pred.double(), target.double(), **options, backend="reference")
+    for got, true in zip(found, wanted, strict=True):
+        assert relative_error(got, true) <= 3e-6
 
 
 @pytest.mark.parametrize(("fits", "products"), [(1100, 9), (2400, 8), (2600, 6)], ids=["none", "one chunk", "all"])

@@ -11,7 +11,7 @@ from error_rule import make_rows
 from host_reads import NoHostReads
 from safetensors import torch as safetensors
 
-from amn_kernels import FusedSeqLoss, extra_state, ops
+from amn_kernels import FusedSeqLoss, backends, extra_state, ops
 from amn_kernels.options import LossOptions
 from amn_kernels.reference.balance import LEAST, MOST, SPIKE, SPIKE_AFTER, balance
 from amn_kernels.stats import DominanceWarning, UnbalancedWarning
@@ -24,10 +24,19 @@ def balanced(weighting="gradient", **options):
 
 @pytest.fixture(autouse=True, params=["compiled", "plain"])
 def step(request, monkeypatch):
-    """Every test runs on the compiled step and on its twin in plain PyTorch."""
+    """Every test runs on the compiled step and on its twin in plain PyTorch, of modules too: these choose a backend."""
     if request.param == "plain":
         monkeypatch.setattr(ops, "balance", balance)
+        monkeypatch.setenv(backends.ENVIRONMENT, "reference")
     return request.param
+
+
+def test_the_plain_step_is_taken_where_it_is_asked_for(step, monkeypatch):
+    taken = []
+    monkeypatch.setattr(ops, "balance", lambda *arguments: taken.append(True) or balance(*arguments))
+    pred, target = make_rows(5, 3)
+    FusedSeqLoss(infonce=1.0)(pred.requires_grad_(), target)
+    assert bool(taken) == (step == "plain")
 
 
 def observe(weighting, *observed):
@@ -83,6 +92,18 @@ def test_spike_is_winsorised_after_ten_updates_and_not_before():
 def test_weight_is_clamped_relative_to_lambda(squared, bound):
     _, infonce = observe(balanced(mse=1.0, infonce=0.5), 1.0, squared)
     assert infonce == pytest.approx(0.5 * bound, rel=1e-5)
+
+
+@pytest.mark.parametrize(("value", "bound"), [(1e-12, MOST), (1e12, LEAST)])
+def test_weights_by_value_are_clamped_too(value, bound):
+    _, infonce = observe(balanced("value", mse=1.0, infonce=0.5), 1.0, value)
+    assert infonce == pytest.approx(0.5 * bound, rel=1e-5)
+
+
+@pytest.mark.parametrize("hinge", ["moment", "variance"])
+def test_hinges_are_not_amplified_by_value_either(hinge):
+    assert observe(balanced("value", mse=1.0, **{hinge: 0.5}), 1.0, 1e-8)[1] == 0.5
+    assert observe(balanced("value", mse=1.0, **{hinge: 0.5}), 1.0, 100.0)[1] == pytest.approx(0.005, rel=1e-5)
 
 
 @pytest.mark.parametrize("hinge", ["moment", "variance"])
