@@ -1,25 +1,33 @@
 # Every target does its own set-up in .venv and is quick when that is there.
 #
+# To use it
+#   make build   environment and extension   make clean     remove all that was made
 #   make demo    train AMN on the bundled vectors with two losses and compare them (under 4 minutes after set-up)
-#   make test    the test suite              make test-full     the same on the full grid of shapes
-#   make lint    ruff, types (also make types)   make wheels    sdist and wheels into dist/, tested
-#   make examples   run the examples of other people's training loops
+# Before a commit
+#   make test    the test suite              make lint      ruff, types (also make types)
 #   make docs    the documentation as HTML, into build/docs
-#   make bench   speed and memory against eager PyTorch and torch.compile: docs/bench.md and the table in the README
-#   make bench-peers   InfoNCE against other libraries, over rows, dimensions and dtypes: docs/bench.md (hours)
-#   make profile       where the time of a step goes, part by part: docs/bench.md
-#   make kernels-check   registers, spills, occupancy and bank conflicts of the compiled GPU kernels
-#   make cost    bytes, operations and launches of the GPU kernels, counted
-#   make ptx-proof   barriers and races in the PTX of the CUDA kernels: docs/ptx_proof.md (minutes)
-#   make test-gpu, make bench-gpu   on a CUDA device: the tests that need one, and speed against what people run;
-#                with GPU_BACKENDS=triton without the CUDA C++ kernels, which need nvcc
-#   make test-simt, test-simt-asan, test-simt-tsan   the CUDA kernels on the CPU: values, addresses, races (tests/simt)
-#   make mutations   errors put into kernels and algorithm, and which of these notices: docs/mutations.md
-#   make fuzz    10,000 generated inputs compared with the reference, and thousands of wrong arguments and damaged files
+# More tests
+#   make test-full   the suite on the full grid of shapes
+#   make test-distributed   the loss over several processes
+#   make fuzz        10,000 generated inputs compared with the reference, and thousands of wrong arguments and damaged files
+#   make examples    run the examples of other people's training loops
+#   make wheels      sdist and wheels into dist/, tested
+# GPU kernels without a GPU
 #   make test-triton   the Triton kernels on the CPU: values, addresses, races
-#   make test-distributed, make bench-ring   the loss over several processes, and its peak memory
+#   make test-simt, test-simt-asan, test-simt-tsan   the CUDA kernels on the CPU: values, addresses, races (tests/simt)
+#   make kernels-check   registers, spills, occupancy and bank conflicts of the compiled GPU kernels
+#   make cost        bytes, operations and launches of the GPU kernels, counted
+#   make ptx-proof   barriers and races in the PTX of the CUDA kernels: docs/ptx_proof.md (minutes)
+#   make mutations   errors put into kernels and algorithm, and which of these notices: docs/mutations.md
+# On a CUDA device
+#   make test-gpu, bench-gpu   the tests that need one, and speed against what people run; with GPU_BACKENDS=triton
+#                    without the CUDA C++ kernels, which need nvcc
+# Measurements
+#   make bench         speed and memory against eager PyTorch and torch.compile: docs/bench.md and the table in the README
+#   make bench-peers   InfoNCE against other libraries, over rows, dimensions and dtypes: docs/bench.md (hours)
 #   make bench-train   the loss's share of a training step: docs/bench.md and a line in the README
-#   make build   environment and extension   make clean         remove all that was made
+#   make bench-ring    peak memory of the loss over several processes
+#   make profile       where the time of a step goes, part by part: docs/bench.md
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,9 +36,9 @@ GPU_BACKENDS ?= cuda triton
 TRITON := 3.8.0
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-full test-distributed test-triton test-simt test-simt-asan test-simt-tsan fuzz wheels examples \
-  docs lint types bench profile bench-peers bench-ring bench-train build clean
-.PHONY: kernels-check ptx-proof mutations cost test-gpu bench-gpu gpu-backends
+.PHONY: build clean demo test lint types docs test-full test-distributed fuzz examples wheels
+.PHONY: test-triton test-simt test-simt-asan test-simt-tsan kernels-check cost ptx-proof mutations
+.PHONY: bench bench-peers bench-train bench-ring profile test-gpu bench-gpu gpu-backends
 
 demo: $(VENV)/.built
 	$(BIN)/amn-kernels demo --overwrite

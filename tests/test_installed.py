@@ -4,6 +4,7 @@ With AMN_EXT=0 in the environment, as it is for a build without compiled code: w
 """
 
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata, resources
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import amn_kernels
-from amn_kernels import FusedSeqLoss, backends, ops, reference
+from amn_kernels import FusedSeqLoss, backends, cli, ops, reference
 
 COMPILED = os.environ.get("AMN_EXT", "1") == "1"
 TERMS = {"mse": 1.0, "cosine": 0.5, "infonce": 0.2}
@@ -63,6 +64,11 @@ def test_bundled_vectors_and_type_marker_are_in_the_wheel():
 
 def test_version_is_the_one_of_the_metadata():
     assert amn_kernels.__version__ == metadata.version("amn-kernels")
+
+
+def test_the_command_line_asks_for_what_its_extra_installs():
+    extra = [x for x in metadata.requires("amn-kernels") if re.search(r"extra == ['\"]train['\"]", x)]
+    assert sorted(re.match(r"[\w.-]+", x).group() for x in extra) == sorted(cli.TRAIN_EXTRA)
 
 
 def test_import_loads_little_beyond_torch():
