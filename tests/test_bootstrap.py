@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from amn_kernels.data import StoredWindows, load_windows, split_windows
-from amn_kernels.train.bootstrap import RESAMPLES, Bootstrap, cluster_numbers
+from amn_kernels.train.bootstrap import RESAMPLES, Bootstrap, cluster_name, cluster_numbers
 
 
 def stored(count: int, article) -> StoredWindows:
@@ -13,8 +13,19 @@ def stored(count: int, article) -> StoredWindows:
 
 
 def test_clusters_are_the_articles_of_the_rows():
-    article = np.array([7, 7, 3, 3, 3, 9])
-    assert cluster_numbers(stored(6, article), np.array([0, 2, 4, 5])).tolist() == [1, 0, 0, 2]
+    article = np.array([7, 7, 3, 3, 3, 9, *range(10, 17)])
+    windows = stored(len(article), article)
+    assert cluster_numbers(windows, np.array([0, 2, 4, 5])).tolist() == [1, 0, 0, 2]
+    assert cluster_name(windows) == "articles"
+
+
+@pytest.mark.parametrize("article", [None, np.arange(1000) * 9 // 1000])
+def test_windows_that_are_split_by_blocks_are_resampled_by_blocks(article):
+    """Few articles would be one or two clusters of the validation windows, and so no interval or none to believe."""
+    windows = stored(1000, article)
+    clusters = cluster_numbers(windows, split_windows(windows).validation)
+    assert clusters.max() + 1 == 20  # 97 windows by fives
+    assert cluster_name(windows) == "blocks"
 
 
 @pytest.mark.parametrize(("count", "length"), [(40, 4), (1000, 10)])

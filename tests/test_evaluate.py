@@ -206,6 +206,17 @@ def test_skill_is_the_part_of_the_distance_that_is_removed():
     assert inside.clusters == 3
 
 
+def test_few_articles_are_resampled_in_blocks():
+    windows = by_article(articles=9)
+    _, (inside,) = compare({}, windows, "validation", None)
+    # 81 windows of which 62 are trained on and 5 validated with, by fours.
+    assert (inside.windows, inside.clusters, inside.clustered_by) == (5, 2, "blocks")
+    console = Console(file=io.StringIO(), soft_wrap=True, markup=False, highlight=False, width=90)
+    print_evaluations(console, fit_baselines(windows, np.arange(9)), [inside])
+    assert "5 windows and candidates, 2 blocks\n" in console.file.getvalue()
+    assert "95%: bootstrap over blocks." in console.file.getvalue()
+
+
 def test_a_right_predictor_removes_everything():
     windows = by_article()
     rows = split_windows(windows).validation
@@ -268,6 +279,8 @@ def test_printed_tables_say_it_in_words():
     console = Console(file=io.StringIO(), soft_wrap=True, markup=False, highlight=False, width=90)
     print_evaluations(console, baselines, evaluations)
     printed = console.file.getvalue()
+    assert "themes, test: 27 windows and candidates, 3 articles\n" in printed
+    assert "95%: bootstrap over articles." in printed
     assert "home: collapsed: different contexts get nearly the same prediction" in printed
     low, high = evaluations[0].intervals[MEAN]["cosine"]
     assert f"{low:.3f} ... {high:.3f}" in printed

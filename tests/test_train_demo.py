@@ -28,7 +28,9 @@ def same_threads():
 
 def evaluation(cosines: dict[str, float]) -> Evaluation:
     metrics = {name: {"cosine": cosine, "hit@10": 0.2} for name, cosine in cosines.items()}
-    return Evaluation("set", windows=100, clusters=10, metrics=metrics, intervals={}, collapse={})
+    return Evaluation(
+        "set", windows=100, clusters=10, clustered_by="articles", metrics=metrics, intervals={}, collapse={}
+    )
 
 
 def words(mse_only: float, fixed: float, grad_norm: float, gradient: float = 0.54) -> str:

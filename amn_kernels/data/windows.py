@@ -42,6 +42,11 @@ class Windows(ABC):
         """Contexts [B, T, D] and targets [B, D], float32 on the CPU, of the windows numbered by rows [B]."""
 
     @cached_property
+    def by_article(self) -> bool:
+        """Whether windows are split and resampled by article: those are known, and at least `MIN_ARTICLES`."""
+        return self.article is not None and len(np.unique(self.article)) >= MIN_ARTICLES
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 by which a later run knows these data: of W, T, D, all article numbers and 64 windows over all of W.
 
@@ -164,7 +169,7 @@ def split_windows(windows: Windows) -> Split:
     Raises ValueError if a part would be empty.
     """
     articles = np.unique(windows.article) if windows.article is not None else np.empty(0)
-    if len(articles) >= MIN_ARTICLES:
+    if windows.by_article:
         order = np.random.default_rng(SPLIT_SEED).permutation(articles)
         first, second = _borders(len(articles))
         split = Split(*(_rows_of(windows, part) for part in (order[:first], order[first:second], order[second:])))

@@ -2,10 +2,11 @@
 
 Neighbouring windows share vectors, so windows are no independent draws; articles nearly are. The cluster bootstrap
 (Davison & Hinkley 1997, section 3.8) draws as many articles as there are, with replacement, and takes every window of
-each.
+each. Where there are too few of them to split data by, blocks of consecutive windows take their place.
 """
 
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 
@@ -19,12 +20,17 @@ SEED = 0
 def cluster_numbers(windows: Windows, rows: np.ndarray) -> np.ndarray:
     """The cluster 0, 1, ... of each of the windows `rows`, [N]: its article.
 
-    Without articles, blocks of consecutive rows: N^(1/3) rows (Künsch 1989), but at least T + 1, the distance from
-    which windows share no vectors.
+    Where windows aren't split by article, blocks of consecutive rows: N^(1/3) rows (Künsch 1989), but at least T + 1,
+    the distance from which windows share no vectors.
     """
-    if windows.article is not None:
+    if windows.by_article:
         return np.unique(windows.article[rows], return_inverse=True)[1]
     return np.arange(len(rows)) // max(windows.context + 1, round(len(rows) ** (1 / 3)))
+
+
+def cluster_name(windows: Windows) -> Literal["articles", "blocks"]:
+    """What `cluster_numbers` makes of these windows."""
+    return "articles" if windows.by_article else "blocks"
 
 
 class Bootstrap:

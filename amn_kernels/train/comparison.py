@@ -4,6 +4,7 @@ The analysis is made of the figures alone: what is beaten, what a balance kept a
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -35,15 +36,18 @@ class SetSummary:
     collapse: dict | None
     untrained_cosine: float
 
-    def beside_the_mean(self) -> str:
-        """The cosine beside that of the mean of the context, level where the interval of the skill holds 0."""
+    def place(self) -> Literal["above", "below", "level with", "not known to differ from"]:
+        """Where the cosine is beside that of the mean of the context: level where the interval of the skill holds 0."""
         interval = self.intervals["skill_mean"]
-        place = "level with"
-        if interval is not None and interval[0] > 0:
-            place = "above"
-        elif interval is not None and interval[1] < 0:
-            place = "below"
-        return f"{place} the mean of the context ({self.metrics['cosine']:.3f}, mean {self.untrained_cosine:.3f})"
+        if interval is None:
+            return "not known to differ from"
+        low, high = interval
+        return "above" if low > 0 else "below" if high < 0 else "level with"
+
+    def beside_the_mean(self) -> str:
+        """The same in words, with both cosines."""
+        cosines = f"{self.metrics['cosine']:.3f}, mean {self.untrained_cosine:.3f}"
+        return f"{self.place()} the mean of the context ({cosines})"
 
     def findings(self) -> str:
         """What the collapse panel says where it isn't healthy, as a clause; else nothing."""
@@ -116,10 +120,8 @@ def find_goals(rows: list[Row]) -> list[Goal]:
                 text = f"{GRADIENT} has {row.gained:.2f} times the hit@10 of MSE only (at least {GAINED:g})"
                 goals.append(Goal(row.model, text, row.gained >= GAINED))
         elif row.run == MSE_ONLY:
-            interval = row.inside.intervals["skill_mean"]
-            above = row.inside.metrics["cosine"] > row.inside.untrained_cosine
             text = f"{MSE_ONLY} is {row.inside.beside_the_mean()} in distribution"
-            goals.append(Goal(row.model, text, above and (interval is None or interval[0] > 0)))
+            goals.append(Goal(row.model, text, row.inside.place() == "above"))
     return goals
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from amn_kernels.data import Windows, load_bundled, load_windows, split_windows
 from amn_kernels.train.baselines import LAST, MEAN, TRAIN_MEAN, Baselines, PredictFunction, fit_baselines
-from amn_kernels.train.bootstrap import Bootstrap, cluster_numbers
+from amn_kernels.train.bootstrap import Bootstrap, cluster_name, cluster_numbers
 from amn_kernels.train.collapse import HINTS, CollapseCheck, CollapsePanel
 from amn_kernels.train.metrics import HITS, RetrievalTask
 from amn_kernels.train.runs import CONFIG, load_run, without_nan, write_atomically
@@ -34,13 +34,14 @@ class Evaluation:
 
     metrics: the means of `RetrievalTask.measure`, and `skill_mean`, `skill_last` and `skill_train_mean`: the part of an
     untrained predictor's mean distance 1 - cosine that this one removes, 1 - (1 - c) / (1 - c_untrained) (Murphy 1988);
-    0 is level with it and below 0 worse. intervals: 95% of each by bootstrap over the `clusters` articles (blocks of
-    windows where articles aren't known), None if there is only one. collapse: the collapse panel.
+    0 is level with it and below 0 worse. intervals: 95% of each by bootstrap over the `clusters`, articles or
+    blocks of windows, None if there is only one. collapse: the collapse panel.
     """
 
     name: str
     windows: int
     clusters: int
+    clustered_by: Literal["articles", "blocks"]
     metrics: dict[str, dict[str, float]]
     intervals: dict[str, dict[str, Interval]]
     collapse: dict[str, CollapsePanel]
@@ -139,6 +140,7 @@ class EvaluationSet:
             name=self.name,
             windows=len(self.task.rows),
             clusters=self.bootstrap.count,
+            clustered_by=cluster_name(self.task.windows),
             metrics={name: of_predictor.metrics for name, of_predictor in figures.items()},
             intervals={name: of_predictor.intervals for name, of_predictor in figures.items()},
             collapse={name: of_predictor.collapse for name, of_predictor in figures.items() if of_predictor.collapse},
@@ -187,7 +189,8 @@ def metrics_table(evaluation: Evaluation) -> Table:
     """An empty table for one set of windows, with the predictors' column; narrow enough for 80 characters."""
     return _table(
         "predictor",
-        title=f"{evaluation.name}: {evaluation.windows:,} windows and candidates, {evaluation.clusters:,} articles",
+        title=f"{evaluation.name}: {evaluation.windows:,} windows and candidates, {evaluation.clusters:,} "
+        f"{evaluation.clustered_by}",
         title_justify="left",
     )
 
@@ -217,13 +220,15 @@ def print_evaluations(console: Console, baselines: Baselines, evaluations: list[
                     hint = f" ({HINTS[panel.verdict]})" if panel.verdict in HINTS else ""
                     console.print(f"{name}: {panel.verdict}: {panel.words}{hint}.")
             console.print()
+    clusters = dict.fromkeys(evaluation.clustered_by for evaluation in evaluations)
     console.print(
         f"mean-last mix: {baselines.mean_coefficient:.3f} * mean of context + {baselines.last_coefficient:.3f} * last, "
         f"least squares on the training windows of {baselines.fitted_on}, as are the training mean and the subspace.\n"
-        "excl.: the window's own context vectors aren't candidates. "
-        "Ties count against the model; exact copies of the own target neither help nor hinder.\n"
-        "95%: bootstrap over articles. margin: cosine with the target minus that with the last context vector. skill: "
-        "part of the untrained predictor's 1 - cosine that is removed; below 0 is worse than untrained.\n"
+        "excl.: the window's own context vectors aren't candidates. Ties count against the model; exact copies of "
+        "the own target neither help nor hinder.\n"
+        f"95%: bootstrap over {' or '.join(clusters)}. margin: cosine with the target minus that with the last "
+        "context vector. skill: part of the untrained predictor's 1 - cosine that is removed; below 0 is worse than "
+        "untrained.\n"
         "spread, rank: of the predictions relative to the targets'; std relative to 1/sqrt(D); order: 1 - cosine when "
         "the context is reordered; lift: cosine with the own target minus that with others'; subspace: energy in the "
         "directions that hold 90% of the training targets'."
