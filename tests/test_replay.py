@@ -129,6 +129,46 @@ def test_figures_are_of_the_windows_that_are_named(options, tmp_path, monkeypatc
     assert len(trained) == len(REPLAYED)
 
 
+def test_runs_keep_the_environment_that_they_were_trained_in(options, tmp_path, monkeypatch):
+    out = tmp_path / "replay"
+
+    def replayed(processor, *more):
+        monkeypatch.setattr(module, "environment", lambda: {"amn-kernels": "0.1.0", "processor": processor})
+        assert cli.main([*options, *more]) == 0
+        runs = json.loads((out / "results.json").read_text())["runs"]
+        page = (out / "report.html").read_text()
+        assert all((name in page) == (name in str(runs)) for name in ("machine A", "machine B", "not recorded"))
+        return {run["seed"]: run["environment"]["processor"] if run["environment"] else None for run in runs}
+
+    assert replayed("machine A", "--seeds", "0") == {0: "machine A"}
+    assert replayed("machine B") == {0: "machine A", 3: "machine B"}
+    # Measured again, not trained again.
+    third = write_vectors(tmp_path / "third.npz", 2)
+    assert replayed("machine B", "--ood", third, "--seeds", "0") == {0: "machine A"}
+
+
+def test_an_earlier_page_does_not_stand_beside_other_figures(options, tmp_path, monkeypatch):
+    page, train, trained = tmp_path / "replay" / "report.html", module.train, []
+    options += ["--seeds", "0"]
+    assert cli.main(options) == 0
+    whole = page.read_text()
+
+    def interrupted(config, console):
+        # Of the first run there are no figures yet.
+        assert page.exists() == (not trained)
+        trained.append(config.out)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return train(config, console)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train", interrupted)
+        assert cli.main([*options, "--epochs", "2"]) == 130
+    assert not page.exists()
+    assert cli.main([*options, "--epochs", "2"]) == 0
+    assert page.read_text() != whole
+
+
 def test_a_run_trained_anew_has_figures_of_its_own(options, tmp_path, monkeypatch):
     """A training that took the place of the one whose figures are there must not be measured for it."""
     options += ["--seeds", "0"]
@@ -209,7 +249,7 @@ def test_every_model_has_the_runs_and_the_others_once_more_on_the_mean(tmp_path)
     }
 
 
-def figures(cosine: float, hit: float, skill: tuple[float, float], verdict: str = "healthy") -> dict:
+def figures(cosine: float, hit: float, skill: tuple[float, float] | None, verdict: str = "healthy") -> dict:
     names = ("cosine", "hit@10", "excluded_hit@10", "skill_mean")
     return {
         "metrics": dict(zip(names, (cosine, hit, hit, 0.0), strict=True)),
@@ -279,6 +319,14 @@ def test_goals_follow_the_figures(alone, fixed, gradient, met):
     cells = {MSE_ONLY: alone, FIXED: figures(fixed, 0.2, (0, 0)), GRADIENT: gradient}
     rows = summarise(results_of({("lstm", run): [cell] for run, cell in cells.items()}))
     assert [goal.met for goal in find_goals(rows)] == met
+
+
+def test_without_an_interval_nothing_is_above_the_mean_in_words_or_goals():
+    (alone,) = summarise(results_of({("amn", MSE_ONLY): [figures(0.6, 0.2, None)]}))
+    (goal,) = find_goals([alone])
+    words = "not known to differ from the mean of the context (0.600, mean 0.550)"
+    assert (goal.text, goal.met) == (f"MSE only is {words} in distribution", False)
+    assert alone.analysis.endswith(f"In distribution {words}.")
 
 
 def test_analysis_says_what_the_panel_found_and_what_the_mean_mends():

@@ -161,6 +161,28 @@ def test_an_option_is_common_where_all_runs_have_it(results):
     assert "lr 0.001, cosine after 20 updates of warm-up, batch 256" in html
 
 
+def test_environments_are_shown_once_each_and_so_are_those_of_earlier_results(results):
+    assert module.environments(results) == [results["environment"]]
+    first, second, *rest = results["runs"]
+    first["environment"], second["environment"] = {"processor": "B", "amn-kernels": "0.2.0"}, None
+    for each in rest:
+        each["environment"] = first["environment"]
+    assert module.environments(results) == [first["environment"], results["environment"]]
+    del results["environment"]
+    html = render(results, summarise(results))
+    assert html.count("<dt>processor</dt><dd>B</dd>") == 1
+    assert "<footer>amn-kernels 0.2.0, not recorded ·" in html
+
+
+def test_windows_that_are_not_split_by_article_are_in_blocks(results, html):
+    assert "windows of 117 articles; out of distribution" in html
+    assert "by bootstrap over articles." in html
+    results["data"]["inside"] = {"name": "few", "windows": 90, "blocks": 15}
+    page = render(results, summarise(results))
+    assert "90 validation windows of 15 blocks; out of distribution" in page
+    assert "by bootstrap over blocks or articles." in page
+
+
 def test_it_is_made_for_phones_too(html):
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in html
     assert "@media (max-width: 760px)" in html

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import amn_kernels
 from amn_kernels.data import load_windows
 from amn_kernels.stats import DominanceWarning
+from amn_kernels.train.bootstrap import cluster_name
 from amn_kernels.train.comparison import SUFFIX, WRONG_LOADER, comparison_table, find_goals, summarise
 from amn_kernels.train.config import TrainConfig
 from amn_kernels.train.demo import GRADIENT, MSE_ONLY, RUNS, SETTINGS, DemoRun
@@ -110,8 +111,8 @@ class AMNTwin(AMN):
 def replay(config: ReplayConfig, console: Console) -> dict:
     """Trains what isn't there yet, prints the table and writes results.json and report.html; returns the results.
 
-    ValueError for bad data or options. The results: `environment`, `data`, `untrained` (set, predictor: figures) and
-    `runs`, a list of what `run_result` returns.
+    ValueError for bad data or options. The results: `data`, `untrained` (set, predictor: figures) and `runs`, a list of
+    what `run_result` returns.
     """
     # Here rather than at the top: only the report needs the template engine.
     from amn_kernels.train.report import write_report
@@ -124,12 +125,11 @@ def replay(config: ReplayConfig, console: Console) -> dict:
     (config.out / "results").mkdir(parents=True, exist_ok=True)
 
     results = {
-        "environment": environment(),
         "data": {
             key: {
                 "name": of_windows.task.windows.name,
                 "windows": len(of_windows.task.rows),
-                "articles": of_windows.bootstrap.count,
+                cluster_name(of_windows.task.windows): of_windows.bootstrap.count,
             }
             for key, of_windows in sets.items()
         },
@@ -147,6 +147,8 @@ def replay(config: ReplayConfig, console: Console) -> dict:
             cosines = ", ".join(f"{result[key]['metrics']['cosine']:.3f} {key}" for key in sets)
             title = f"{result['model']}, {result['run']}, seed {result['seed']}"
             console.print(f"{number}/{len(trainings)}  {title}: cosine {cosines}")
+        # An earlier replay's page would show other figures than these.
+        (config.out / REPORT).unlink(missing_ok=True)
         write_atomically(config.out / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
     rows = summarise(results)
     console.print(comparison_table(rows))
@@ -186,22 +188,28 @@ def _run(run: DemoRun, options: TrainConfig, sets: dict[str, EvaluationSet], pat
         if measured == fingerprints:
             return earlier
         if _is_there(options.out, earlier[0].get("history")):
-            return _measure(run, options, sets, path)
+            return _measure(run, options, sets, path, earlier[0].get("environment"))
     with warnings.catch_warnings():
         # Fixed weights are here to show just that.
         warnings.simplefilter("ignore", DominanceWarning)
         train(options, Console(quiet=True))
-    return _measure(run, options, sets, path)
+    return _measure(run, options, sets, path, environment())
 
 
-def _measure(run: DemoRun, options: TrainConfig, sets: dict[str, EvaluationSet], path: Path) -> list[dict]:
-    """Writes and returns the figures of a trained run, and of its weights in the wrong class where there is one."""
+def _measure(
+    run: DemoRun, options: TrainConfig, sets: dict[str, EvaluationSet], path: Path, trained_in: dict[str, str] | None
+) -> list[dict]:
+    """Writes and returns the figures of a trained run, and of its weights in the wrong class where there is one.
+
+    trained_in: its `environment`, None if unknown, which is written with them.
+    """
     model, history = load_run(options.out).model, load_history(options.out)
     results = [run_result(run.name, options, model, history, sets)]
     if options.model == "amn" and run.name == MSE_ONLY:
         twin = AMNTwin(next(iter(sets.values())).task.windows.dim).eval()
         twin.load_state_dict(model.state_dict())
         results.append(run_result(WRONG_LOADER, options, twin, [], sets))
+    results = [{**result, "environment": trained_in} for result in results]
     write_atomically(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
     return results
 
@@ -228,7 +236,7 @@ def run_result(
 
 
 def environment() -> dict[str, str]:
-    """Versions and hardware, as the report shows them."""
+    """Versions and hardware that a run is trained with, as the report shows them."""
     return {
         "amn-kernels": amn_kernels.__version__,
         "python": platform.python_version(),

@@ -29,6 +29,8 @@ COLORS = {
     "gradient 0.9/0.1": "#CC79A7",
     WRONG_LOADER: "#8a6d00",
 }
+# Of a run whose results are older than the record of where it was trained.
+UNKNOWN = {"amn-kernels": "not recorded"}
 MARKERS = "os^DvP*X"
 # Text stays text, so that it takes the page's font and can be searched; a fixed salt makes the same file twice.
 STYLE = {
@@ -96,6 +98,8 @@ def render(results: dict, rows: list[Row]) -> str:
         results=results,
         colors=COLORS,
         options=common_options(results["runs"]),
+        environments=environments(results),
+        clustered_by=dict.fromkeys("articles" if "articles" in data else "blocks" for data in results["data"].values()),
     )
     return _share_styles(html)
 
@@ -104,6 +108,15 @@ def common_options(runs: list[dict]) -> dict:
     """The options that have one value in all runs; a row's configuration has those that tell them apart."""
     first, *others = (run["options"] for run in runs)
     return {name: value for name, value in first.items() if all(other.get(name, ...) == value for other in others)}
+
+
+def environments(results: dict) -> list[dict[str, str]]:
+    """The versions and hardware that runs were trained with, each once.
+
+    Earlier results have those of all runs beside these; of runs kept from earlier replays they aren't known.
+    """
+    found = [run.get("environment") or results.get("environment", UNKNOWN) for run in results["runs"]]
+    return [values for place, values in enumerate(found) if values not in found[:place]]
 
 
 def overview_charts(results: dict, rows: list[Row]) -> list[Chart]:
