@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from amn_kernels import cli
 from amn_kernels.train import sweep as module
@@ -78,6 +79,34 @@ def test_an_interrupted_sweep_keeps_the_runs_that_are_done(user_file, tmp_path, 
     points = json.loads((out / "results.json").read_text())["points"]
     assert [point["weighting"] for point in points] == [MSE_ONLY, "fixed", "calibrated"]
     assert (out / "frontier.png").is_file()
+
+
+def test_overwriting_leaves_no_earlier_figures_beside_the_first_run(user_file, tmp_path, monkeypatch):
+    out = tmp_path / "sweep"
+    out.mkdir()
+    for name in ("frontier.png", "results.json", "notes.txt"):
+        (out / name).write_text("earlier")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "train", interrupted)
+    assert cli.main(["sweep", "--data", str(user_file), "--out", str(out), "--overwrite"]) == 130
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_shares_that_differ_in_the_last_digits_have_folders_of_their_own(user_file, tmp_path, monkeypatch):
+    folders, train = [], module.train
+
+    def recording(config, console):
+        folders.append(config.out.name)
+        return train(config, console)
+
+    monkeypatch.setattr(module, "train", recording)
+    monkeypatch.setattr(module, "WEIGHTINGS", ("fixed",))
+    config = SweepConfig(share="0.5,0.50000001", epochs=1, data=user_file, out=tmp_path / "sweep")
+    module.sweep(config, Console(quiet=True))
+    assert folders == ["mse-only-0", "fixed-0.5", "fixed-0.50000001"]
 
 
 def test_the_picture_has_a_marker_for_each_run_and_a_line_through_the_means(tmp_path, monkeypatch):

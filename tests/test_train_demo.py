@@ -1,6 +1,7 @@
 """The demo on a few articles, its measurements and its words."""
 
 import dataclasses
+import io
 import re
 
 import numpy as np
@@ -79,6 +80,33 @@ def test_probe_ratio_matches_autograd_on_the_formulas():
     np.testing.assert_allclose(ratio.grad_norm, norms[0] / norms[1], rtol=1e-4)
     # The reason for the demo: at the start one term already pulls a thousand times as hard as the other.
     assert ratio.grad_norm > 1000
+
+
+def test_overwriting_leaves_no_earlier_pictures_beside_the_first_run(tmp_path, monkeypatch):
+    for name in (demo.PLOT, demo.WEIGHTS_PLOT, "notes.txt"):
+        (tmp_path / name).write_text("earlier")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "train", interrupted)
+    assert cli.main(["demo", "--out", str(tmp_path), "--overwrite"]) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_interrupted_drawing_leaves_the_earlier_picture(tmp_path, monkeypatch):
+    def interrupted(figure, file, **options):
+        (file.write if isinstance(file, io.BytesIO) else file.write_bytes)(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo.Figure, "savefig", interrupted)
+    row = {"epoch": 1, "validation_cosine": 0.5, "weight_mse": 0.5, "share_mse": 1.0}
+    for draw in (lambda path: plot_cosines(path, {"a": [row]}, 0.5), lambda path: plot_weights(path, {"a": [row]})):
+        path = tmp_path / "plot.png"
+        path.write_bytes(b"whole")
+        with pytest.raises(KeyboardInterrupt):
+            draw(path)
+        assert path.read_bytes() == b"whole"
 
 
 def test_plot_is_a_png(tmp_path):

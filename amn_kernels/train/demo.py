@@ -1,6 +1,7 @@
 """The demo: how a fixed InfoNCE weight drowns MSE and a balanced one does not, on the bundled vectors in minutes."""
 
 import dataclasses
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from amn_kernels.data import Windows, load_windows, split_windows
 from amn_kernels.train.baselines import MEAN, PredictFunction
 from amn_kernels.train.config import TrainConfig
 from amn_kernels.train.evaluate import Evaluation, compare, metrics_table
-from amn_kernels.train.runs import load_history, load_run, prepare_folder
+from amn_kernels.train.runs import load_history, load_run, prepare_folder, write_atomically
 from amn_kernels.train.trainer import train
 from amn_kernels.train.training import make_batches
 
@@ -66,7 +67,7 @@ class DemoConfig:
 
 def demo(config: DemoConfig, console: Console) -> str:
     """Trains RUNS, prints table and verdict, writes the plots; returns the verdict. FileExistsError as in `train`."""
-    prepare_folder(config.out, config.overwrite)
+    prepare_folder(config.out, config.overwrite, files=(PLOT, WEIGHTS_PLOT))
     models, ratios, histories = {}, {}, {}
     windows, ood = load_windows(SETTINGS.data), load_windows(bundled="techdocs")
     for run in RUNS:
@@ -195,7 +196,7 @@ def plot_cosines(path: Path, histories: dict[str, list[dict]], baseline: float) 
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    save_png(path, figure)
 
 
 def plot_weights(path: Path, histories: dict[str, list[dict]]) -> None:
@@ -215,4 +216,11 @@ def plot_weights(path: Path, histories: dict[str, list[dict]]) -> None:
     grid[0, 0].legend(frameon=False)
     for axes in grid.flat:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    save_png(path, figure)
+
+
+def save_png(path: Path, figure: Figure) -> None:
+    """Writes a figure; through memory, so that an interruption never leaves half a picture."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_atomically(path, picture.getvalue())

@@ -13,7 +13,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,9 +68,10 @@ def interrupts_deferred() -> Iterator[list]:
         raise KeyboardInterrupt
 
 
-def prepare_folder(out: Path, overwrite: bool, resume: bool = False) -> None:
+def prepare_folder(out: Path, overwrite: bool, resume: bool = False, files: Iterable[str] = ()) -> None:
     """Makes the folder. FileExistsError if it isn't empty and `overwrite` is off; else an earlier run's files go.
 
+    files: more that an earlier run may have left, to go too.
     resume: a run in it that was killed before its first checkpoint goes too, as it has nothing to go on from. Killed at
     any moment, this leaves nothing that `resume` would go on from.
     """
@@ -86,7 +87,7 @@ def prepare_folder(out: Path, overwrite: bool, resume: bool = False) -> None:
         os.replace(out / CHECKPOINTS, out / GONE)
     shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
     # The configuration last: while it is there, `resume` knows a run without checkpoints for one to start again.
-    for name in (HISTORY, BEST, LAST, CONFIG):
+    for name in (*files, HISTORY, BEST, LAST, CONFIG):
         (out / name).unlink(missing_ok=True)
     remove_litter(out)
 

@@ -1,7 +1,6 @@
 """The sweep: what InfoNCE buys in retrieval and costs in cosine, for every weighting, as a picture."""
 
 import dataclasses
-import io
 import json
 import warnings
 from collections import defaultdict
@@ -17,7 +16,7 @@ from amn_kernels.stats import DominanceWarning
 from amn_kernels.train.auditing import audit_config
 from amn_kernels.train.baselines import TRAIN_MEAN, fit_baselines
 from amn_kernels.train.config import TrainConfig
-from amn_kernels.train.demo import MSE_ONLY, SETTINGS
+from amn_kernels.train.demo import MSE_ONLY, SETTINGS, save_png
 from amn_kernels.train.metrics import RetrievalTask
 from amn_kernels.train.runs import load_run, prepare_folder, write_atomically
 from amn_kernels.train.trainer import train
@@ -80,14 +79,16 @@ def sweep(config: SweepConfig, console: Console) -> list[Point]:
     windows = load_windows(settings.data, settings.context)
     split = split_windows(windows)
     task = RetrievalTask(windows, split.validation)
-    prepare_folder(config.out, config.overwrite)
+    prepare_folder(config.out, config.overwrite, files=(PLOT, RESULTS))
     untrained = fit_baselines(windows, split.train).predictors()
     baselines = {name: task.evaluate(predictor) for name, predictor in untrained.items()}
     points = []
     runs = [(of_seed, weighting, share) for of_seed in seeded for weighting, share in _grid(shares)]
     for number, (of_seed, weighting, share) in enumerate(runs, start=1):
         run = run_config(of_seed, weighting, share)
-        out = config.out / f"seed-{run.seed}" / f"{weighting.lower().replace(' ', '-')}-{share:g}"
+        # All digits, as shares may differ in the last one only.
+        share_digits = np.format_float_positional(share, trim="-")
+        out = config.out / f"seed-{run.seed}" / f"{weighting.lower().replace(' ', '-')}-{share_digits}"
         with warnings.catch_warnings():
             # Fixed weights are here to show just that.
             warnings.simplefilter("ignore", DominanceWarning)
@@ -152,10 +153,7 @@ def plot_frontier(path: Path, points: list[Point], baselines: dict[str, dict[str
     axes.set(xlabel="validation cosine", ylabel="validation hit@10", title=f"{title}: share of InfoNCE at each point")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False)
-    # Through memory, so that an interruption never leaves half a picture.
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    write_atomically(path, picture.getvalue())
+    save_png(path, figure)
 
 
 def _grid(shares: list[float]) -> list[tuple[str, float]]:
