@@ -126,6 +126,7 @@ class Infonce:
                         if merges:
                             out.mul_(rescale.view(self.groups, -1, 1))
                         multiply(out, weights, keys.keys, merges)
+                    del logits, pairs, weights  # before there are the next ones
         if attends:
             self._dots(attention, Attention.UNNORMALISED)
 
@@ -148,6 +149,7 @@ class Infonce:
                         self.prim.softmax_cols(logits, keys.sums, pairs, self.form)
                     if attends and self.kept is not None:
                         self.kept.append((logits, pairs))
+                    del logits, pairs  # before there are the next ones
         own_rows = self.rows[:, self.whole.numbers]
         if self.form.both:
             for row, sums in zip(COLUMN_SUMS, self.own.sums, strict=True):
@@ -174,6 +176,7 @@ class Infonce:
                         multiply(chunk.view(attention), weights, keys.keys, number > 0 or first > 0)
                     if keys.attention is not None:
                         self._gather(keys.attention, weights, queries, chunk.view(self.rows[Row.INV_PRED]))
+                    del logits, pairs, weights
         if len(attention):
             self._dots(attention, Attention.NORMALISED)
 

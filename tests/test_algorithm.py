@@ -2,6 +2,8 @@
 primitives they have the same row scalars, attention outputs, columns, values, Gram matrix, metrics and gradients.
 """
 
+import weakref
+
 import pytest
 import torch
 from combinations import CHOICES, inputs_of, label, options_of, sample, temperature_of
@@ -98,6 +100,35 @@ def test_the_same_in_chunks_of_rows(monkeypatch, case, chunk_bytes):
     for module in (algorithm, infonce):
         monkeypatch.setattr(module, "CHUNK_ROWS", 5)
     assert_same(CompiledPrimitives(), {**case, "chunk_bytes": chunk_bytes}, 1e-10)
+
+
+@pytest.mark.parametrize("direction", ["pred_to_target", "both"])
+def test_similarities_of_a_chunk_are_gone_before_the_next(monkeypatch, direction):
+    """Memory is that of one chunk, its guide and its weights of 16 bits, not of two at a time."""
+    seen = []
+    similarities, weights = infonce.Infonce._similarities, infonce.Infonce._weights
+
+    def kept():
+        return sum(x() is not None for x in seen)
+
+    def spy(self, *arguments):
+        assert kept() == 0
+        logits, pairs = similarities(self, *arguments)
+        seen.extend(weakref.ref(x) for x in (logits, pairs.guide))
+        return logits, pairs
+
+    def spy_weights(self, *arguments):
+        assert kept() == 2
+        seen.append(weakref.ref(found := weights(self, *arguments)))
+        return found
+
+    monkeypatch.setattr(infonce.Infonce, "_similarities", spy)
+    monkeypatch.setattr(infonce.Infonce, "_weights", spy_weights)
+    monkeypatch.setattr(infonce, "CHUNK_ROWS", 5)
+    pred, target = (torch.randn(1, 24, 7, dtype=torch.bfloat16) for _ in "pt")
+    options = LossOptions(infonce=1.0, direction=direction, false_negative_margin=0.1, chunk_bytes=1)
+    in_python(CompiledPrimitives(), options, {"pred": pred, "target": target}, {"pred"})
+    assert len(seen) == (25 if direction == "both" else 15)
 
 
 @without_triton
