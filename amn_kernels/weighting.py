@@ -47,7 +47,6 @@ class BalancedWeighting(nn.Module):
     """
 
     mean: Tensor
-    updates: Tensor
 
     def __init__(self, options: LossOptions):
         super().__init__()
@@ -68,7 +67,7 @@ class BalancedWeighting(nn.Module):
     def reset_parameters(self) -> None:
         """Forget what was seen, as transformers and FSDP ask of a module that no checkpoint fills."""
         self._mean_decay = self.decay
-        for buffer in self.buffers():
+        for buffer in self._buffers.values():
             nn.init.zeros_(buffer)
 
     @torch.no_grad()

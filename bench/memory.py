@@ -5,9 +5,10 @@ starts with the same memory and in a moment.
 """
 
 import ctypes
-import functools
 import multiprocessing
+import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,26 +24,31 @@ def resident_bytes(field: str) -> int:
 
 def measure(name: str, rows: int) -> int:
     """Extra peak bytes of contender `name` of `bench.contenders`."""
-    return _in_fresh_process(_all_terms, name, rows)[0]
+    return _in_fresh_processes(_all_terms, name, rows)[0]
 
 
 def measure_contender(contest: str, name: str, rows: int) -> tuple[int, float]:
     """Extra peak bytes of a contender of a contest of `bench.contests`, and the seconds of the step."""
-    return _in_fresh_process(_contest, contest, name, rows)
+    return _in_fresh_processes(_contest, contest, name, rows)
 
 
-def _in_fresh_process(f, *arguments) -> tuple[int, float]:
+def _in_fresh_processes(f, *arguments) -> tuple[int, float]:
+    """The medians of what three processes find."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench.contests", "bench.contenders"])
-    with context.Pool(1) as pool:
-        return pool.apply(f, arguments)
+    found = []
+    for _ in range(3):
+        with context.Pool(1) as pool:
+            found.append(pool.apply(f, arguments))
+    extra, seconds = zip(*found, strict=True)
+    return statistics.median(extra), statistics.median(seconds)
 
 
 def _all_terms(name: str, rows: int) -> tuple[int, float]:
     from bench.contenders import ALL_TERMS, inputs, losses, step
 
     loss = losses(ALL_TERMS)[name]
-    return _extra_peak(step, loss, lambda n: inputs(n, DIM), rows, compiles="compile" in name)
+    return _extra_peak(lambda: step(loss, *inputs(rows, DIM)))
 
 
 def _contest(contest: str, name: str, rows: int) -> tuple[int, float]:
@@ -51,14 +57,12 @@ def _contest(contest: str, name: str, rows: int) -> tuple[int, float]:
 
     form = CONTESTS[contest]
     loss = form.contenders(rows)[name]
-    make = functools.partial(make_inputs, dim=DIM, dtype=torch.float32, target_learns=form.target_learns)
-    return _extra_peak(step, loss, make, rows, compiles="compile" in name)
+    return _extra_peak(lambda: step(loss, *make_inputs(rows, DIM, torch.float32, form.target_learns)))
 
 
-def _extra_peak(step, loss, make, rows: int, compiles: bool) -> tuple[int, float]:
-    # Libraries loaded, threads started; a compiler must have seen the size itself.
-    step(loss, *make(rows if compiles else min(rows, 256)))()
-    run = step(loss, *make(rows))
+def _extra_peak(make: Callable[[], Callable[[], object]]) -> tuple[int, float]:
+    make()()  # libraries loaded, threads started, code compiled for the size
+    run = make()
     # Memory that the allocator keeps would hide a part of the peak, and starting peaks higher than what stays.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")

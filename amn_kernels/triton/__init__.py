@@ -18,8 +18,15 @@ The modules that need Triton are imported when the backend is first used, so the
 
 import functools
 import importlib
+from collections.abc import Callable
 
 import torch
+
+
+def _constant_in_graphs(question: Callable) -> Callable:
+    """What `torch.compiler.assume_constant_result` does, without loading the compiler, longer than all else of an import."""
+    question._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return question
 
 
 @functools.cache
@@ -31,7 +38,7 @@ def _searched() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # a graph can't import
+@_constant_in_graphs  # a graph can't import
 def _import_error() -> str | None:
     return _searched()
 
@@ -55,7 +62,7 @@ def _asked(device: torch.device) -> str | None:
     return None if major >= 8 else f"{device} has compute capability {major}.{minor}, and Triton's kernels need 8.0"
 
 
-@torch.compiler.assume_constant_result
+@_constant_in_graphs
 def why_unsupported(device: torch.device) -> str | None:
     """Why the kernels can't run on this CUDA device, or None if they can."""
     return _asked(device)
