@@ -24,7 +24,7 @@ import torch
 
 
 def _constant_in_graphs(question: Callable) -> Callable:
-    """What `torch.compiler.assume_constant_result` does, without loading the compiler, longer than all else of an import."""
+    """What `torch.compiler.assume_constant_result` does, without loading the compiler as that does."""
     question._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return question
 
