@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import inspect
+import math
 import pickle
 
 import pytest
@@ -451,3 +452,17 @@ def test_default_dtype_changes_nothing():
             assert torch.equal(FusedSeqLoss(mse=0.5, infonce=0.5)(pred.clone().requires_grad_(), target), true)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_shares_and_angles_without_a_gradient_are_no_numbers(backend):
+    pred, target = make_rows(12, 5)
+    options = {"mse": 1.0, "variance": 1.0, "variance_target": 1e-6, "weighting": "fixed", "backend": backend}
+    _, stats = functional.seq_loss(pred.clone().requires_grad_(), target, **options)
+    assert stats.share["mse"] == 1  # the hinge is met
+    assert stats.share["variance"] == 0
+    assert stats.gradient_cosine["mse", "variance"].isnan()
+    _, stats = functional.seq_loss(target.clone().requires_grad_(), target, **options)
+    assert all(share.isnan() for share in stats.share.values())
+    numbers = stats.as_dict()
+    assert all(math.isnan(numbers[name]) for name in ("share_mse", "share_variance", "gradient_cosine_mse_variance"))

@@ -4,7 +4,6 @@ What options do together is in test_combinations.py.
 """
 
 import math
-import os
 
 import pytest
 import torch
@@ -93,6 +92,14 @@ EDGES = {
 }
 
 
+def natural_loss(option, pred, target, true):
+    """What rounding of the value is relative to: of moment, which has the scale of the rows, the sizes it subtracts."""
+    if option != "moment":
+        return max(1.0, true)
+    moments = [[f(x.double(), dim=0).abs() for x in (pred, target)] for f in (torch.mean, torch.std)]
+    return sum((a + b).square().mean().item() for a, b in moments)
+
+
 @pytest.mark.parametrize("temperature", [0.01, 0.07, 10.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("edge", EDGES)
@@ -104,7 +111,7 @@ def test_special_rows(option, edge, dtype, temperature):
     ours = run(pred, target, **options, backend="cpu", steps=3)
     rounding = 16 * torch.finfo(dtype).eps / min(1.0, temperature)
     assert all(x.isfinite().all() for x in true)
-    assert (ours[0].double() - true[0]).abs() <= rounding * max(1.0, true[0].item())
+    assert (ours[0].double() - true[0]).abs() <= rounding * natural_loss(option, pred, target, true[0].item())
     for got, wanted, x in zip(ours[1:], true[1:], (pred, target), strict=True):
         norms = x.double().norm(dim=1)
         pull = (1 / norms[norms > 1e-8]).norm().item() / len(x) / min(1.0, temperature) if norms.max() > 1e-8 else 0
@@ -234,19 +241,31 @@ def test_both_directions_keep_what_fits(fits, products, margin):
     assert sum(event.name in ("aten::mm", "aten::addmm") for event in profile.events()) == products + 3 + guides
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two threads need two cores, here is one")
-@pytest.mark.parametrize("options", [{}, {"direction": "both"}, {"moment": 0.5, "variance": 0.5}], ids=str)
-def test_the_number_of_threads_changes_nothing(options):
-    pred, target = make_rows(1100, 70)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for number in (1, 2):
-            torch.set_num_threads(number)
-            results.append(run(pred, target, **{**INFONCE, "cosine": 0.5, **options}, backend="cpu"))
-    finally:
-        torch.set_num_threads(threads)
-    for one, two in zip(*results, strict=True):
-        assert torch.equal(one, two)
+THREADED = {
+    "plain": {},
+    "both": {"direction": "both"},
+    "columns": {"moment": 0.5, "variance": 0.5},
+    "by id, margin": {"positives": "ids", "false_negative_margin": 0.6},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", THREADED)
+def test_the_number_of_threads_changes_nothing(form, dtype):
+    """Neither loss and gradients nor what balances the weights; more threads than cores are threads as well."""
+    pred, target = make_rows(1100, 70, dtype=dtype)
+    extra, mask = make_rows(30, 70, dtype=dtype, seed=3)[0], torch.arange(1100) % 7 != 0
+    ids = {"ids": torch.arange(1100) % 90} if "positives" in THREADED[form] else {}
+    options = {"infonce": 1.0, "cosine": 0.5, "weighting": "fixed", "backend": "cpu", **THREADED[form]}
+    results = []
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)  # put back by the fixture _same_threads
+        leaves = [x.clone().requires_grad_() for x in (pred, target, extra)]
+        loss, stats = functional.seq_loss(*leaves[:2], mask=mask, extra_negatives=leaves[2], **ids, **options)
+        values = torch.stack(list(stats.value.values()))
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves), values, stats.gram, stats.metrics))
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -361,3 +361,33 @@ def test_monitored_terms_send_no_gradient(case):
     assert both[1] == value_of("infonce", pred, target)
     (grad,) = torch.autograd.grad(both.sum(), pred)
     torch.testing.assert_close(grad, 2 / (B * T * D) * (pred.detach() - target))
+
+
+@pytest.mark.parametrize(("factor", "counts"), [(1 - 1e-12, False), (1 + 1e-12, True)])
+@pytest.mark.parametrize(
+    ("term", "of"),
+    [("cosine", "pred"), ("cosine", "target"), ("infonce", "pred"), ("infonce", "target"), ("infonce", "extra")],
+)
+def test_a_vector_counts_from_a_norm_of_1e_8_on(case, term, of, factor, counts):
+    """Then it is worth as much as its direction, and its gradient is that of the unit vector over its length."""
+    rows = {"pred": case[0].flatten(0, 1), "target": case[1].flatten(0, 1), "extra": case[4]}
+
+    def run(length):
+        leaves = {name: x.clone() for name, x in rows.items()}
+        leaves[of][3] *= length / leaves[of][3].norm()
+        leaf = leaves[of].requires_grad_()
+        extra = leaves["extra"] if term == "infonce" else None
+        value = value_of(term, leaves["pred"], leaves["target"], extra_negatives=extra)
+        return value.item(), torch.autograd.grad(value, leaf)[0]
+
+    length = factor * 1e-8
+    value, gradient = run(length)
+    wanted, unit = run(1.0 if counts else 0.0)
+    assert value == pytest.approx(wanted, rel=1e-12)
+    others = torch.arange(len(gradient)) != 3
+    torch.testing.assert_close(gradient[others], unit[others], rtol=1e-10, atol=1e-15)
+    if counts:
+        assert unit[3].norm() > 1e-3
+        torch.testing.assert_close(length * gradient[3], unit[3], rtol=1e-9, atol=1e-15)
+    else:
+        assert not gradient[3].any()

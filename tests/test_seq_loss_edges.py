@@ -4,7 +4,16 @@ import math
 
 import pytest
 import torch
-from error_rule import TERMS, make_rows, relative_error, rows_far_below, seq_loss, truth
+from error_rule import (
+    AROUND,
+    TERMS,
+    check_norms_around_the_smallest,
+    make_rows,
+    relative_error,
+    rows_far_below,
+    seq_loss,
+    truth,
+)
 
 from amn_kernels import functional
 
@@ -68,6 +77,11 @@ def natural_gradient(pred, target, temperature, **weights):
     )
 
 
+def natural_value(term, true):
+    """What rounding of a term's value is relative to: MSE is a sum of squares, the others are of cosines."""
+    return true if term == "mse" else max(1.0, true)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("temperature", [0.01, 0.07, 10.0])  # logits up to 100, as usual, nearly uniform weights
 @pytest.mark.parametrize("term", TERMS)
@@ -83,15 +97,58 @@ def test_as_defined(edge, term, temperature, dtype):
     # Logits up to 1/temperature carry a few units of rounding, 8 with the matrix product, into loss and weights.
     rounding = 8 * eps / min(1.0, temperature)
     assert true.loss.isfinite()
-    assert (ours.loss.double() - true.loss).abs() <= rounding * max(1.0, true.loss.item())
+    allowed = 0.0
+    for name, value in true.stats.value.items():
+        tolerance = (rounding if name == "infonce" else 8 * eps) * natural_value(name, value.item())
+        assert abs(ours.stats.value[name].item() - value.item()) <= tolerance, name
+        allowed += options[name] * tolerance
+    assert (ours.loss.double() - true.loss).abs() <= allowed + eps * true.loss.abs()
     difference = (ours.grad.double() - true.grad).norm().item()
     assert difference <= rounding * natural_gradient(pred, target, **options)
     assert torch.equal(ours.grad == 0, true.grad == 0) or "zero" not in edge
-    for name in ("cosine_similarity", "pred_norm", "target_norm"):
-        wanted = getattr(true.stats, name).item()
-        assert getattr(ours.stats, name).item() == pytest.approx(wanted, rel=8 * eps, abs=8 * eps), name
+    assert ours.stats.cosine_similarity.item() == pytest.approx(
+        true.stats.cosine_similarity.item(), rel=8 * eps, abs=8 * eps
+    )
+    for name in ("pred_norm", "target_norm"):
+        assert getattr(ours.stats, name).item() == pytest.approx(getattr(true.stats, name).item(), rel=8 * eps, abs=0)
     if true.stats.top1 is not None:
         assert ours.stats.top1.item() == pytest.approx(true.stats.top1.item(), rel=eps)
+
+
+@pytest.mark.parametrize("direction", ["pred_to_target", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("keys_learn", [False, True])
+@pytest.mark.parametrize("side", AROUND)
+def test_norms_just_around_the_smallest(side, keys_learn, dtype, direction):
+    check_norms_around_the_smallest("cpu", side, dtype, keys_learn=keys_learn, direction=direction)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("direction", ["pred_to_target", "both"])
+def test_rows_of_all_lengths_at_once(direction, dtype):
+    """From 1e-6 to 1e6 in one batch: by the sizes of each row, as a norm over all shows the shortest alone."""
+    pred, target = make_rows(N, D, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    pred, target = (x * 10.0 ** (12 * torch.rand(N, 1, generator=generator) - 6).to(dtype) for x in (pred, target))
+    tau, n = 0.3, N
+    eps = torch.finfo(dtype).eps
+    units = [x.double() / x.double().norm(dim=1, keepdim=True) for x in (pred, target)]
+    looked_at = (units[0] @ units[1].T / tau).softmax(dim=1).sum(dim=0)
+    for term in ("mse", "cosine", "infonce"):
+        options = {"mse": 0.0, term: 1.0, "temperature": tau, "direction": direction, "weighting": "fixed"}
+        gradients = []
+        for backend, rows in (("cpu", (pred, target)), ("reference", (pred.double(), target.double()))):
+            leaves = [x.detach().requires_grad_() for x in rows]
+            loss, _ = functional.seq_loss(*leaves, backend=backend, **options)
+            gradients.append(torch.autograd.grad(loss, leaves))
+        for x, looks, got, true in zip((pred, target), (torch.ones(n), 1 + looked_at), *gradients, strict=True):
+            size = {
+                "mse": 2 * (pred.double() - target.double()).norm(dim=1) / (n * D),
+                "cosine": 1 / (n * x.double().norm(dim=1)),
+                "infonce": 2 * looks / (n * tau * x.double().norm(dim=1)),
+            }[term]
+            error = (got.double() - true).norm(dim=1)
+            assert (error <= 16 * eps / (tau if term == "infonce" else 1) * size).all(), term
 
 
 @pytest.mark.parametrize("temperature", [0.01, 10.0])

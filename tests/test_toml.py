@@ -57,6 +57,14 @@ def test_a_file_that_is_not_there(tmp_path):
         expand_config(["--config"], TrainConfig)
 
 
+@pytest.mark.parametrize("command", ["train", "audit", "demo", "sweep", "replay"])
+def test_every_command_with_options_reads_them_from_a_file(tmp_path, capsys, command):
+    path = tmp_path / "options.toml"
+    path.write_text("no_such_option = 1")
+    assert cli.main([command, "--config", str(path)]) == 2
+    assert f"{path}: unknown option 'no_such_option'" in capsys.readouterr().err
+
+
 def test_on_the_command_line(tmp_path, capsys):
     vectors = np.random.default_rng(0).standard_normal((120, 4), dtype=np.float32)
     np.savez(tmp_path / "data.npz", vectors=vectors, article=np.repeat(np.arange(12), 10))

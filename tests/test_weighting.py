@@ -11,7 +11,7 @@ from error_rule import make_rows
 from host_reads import NoHostReads
 from safetensors import torch as safetensors
 
-from amn_kernels import FusedSeqLoss, backends, extra_state, ops
+from amn_kernels import FusedSeqLoss, backends, extra_state, functional, ops
 from amn_kernels.options import LossOptions
 from amn_kernels.reference.balance import LEAST, MOST, SPIKE, SPIKE_AFTER, balance
 from amn_kernels.stats import DominanceWarning, UnbalancedWarning
@@ -175,6 +175,13 @@ def test_shares_follow_the_lambdas_whatever_the_scale():
         numbers = criterion.stats.as_dict()
         assert numbers["share_mse"] == pytest.approx(0.75, rel=1e-4)
         assert numbers["share_infonce"] == pytest.approx(0.25, rel=1e-4)
+
+
+def test_a_function_balances_each_call_alone():
+    for scale in (1.0, 100.0):  # a state kept from the first would give the second other shares
+        pred, target = make_rows(64, 32)
+        _, stats = functional.seq_loss((scale * pred).requires_grad_(), target, mse=0.75, infonce=0.25)
+        assert stats.share["infonce"].item() == pytest.approx(0.25, rel=1e-4)
 
 
 def test_norms_never_see_the_scale_of_the_loss():
