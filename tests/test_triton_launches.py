@@ -151,11 +151,25 @@ def test_what_the_backward_is_given(monkeypatch, weighting, compiled):
         ("second similarity tile", (8, 8), {"infonce": 1.0, "false_negative_margin": 0.1}, {}),
         ("is learned", (8, 8), {"infonce": 1.0}, {"temperature": torch.ones(())}),
         ("asks for chunks", (8, 8), {"infonce": 1.0, "chunk_bytes": 1}, {}),
+        (
+            "rows of a long mask",  # 1,025 programs of 64 rows
+            (1025, 64, 1),
+            {"infonce": 1.0, "negatives": "sequence"},
+            {"mask": torch.ones(1025, 64, dtype=torch.bool)},
+        ),
     ],
 )
 def test_other_calls_take_the_path_of_chunks(reason, shape, options, inputs):
     pred, target = make_rows(*shape)
     assert reason in small_groups.why_unsupported(Call(pred, target, LossOptions(**options), **inputs))
+
+
+@pytest.mark.parametrize("groups", [1024, 1025])
+def test_groups_of_a_mask_that_is_short_or_of_none_stay(groups):
+    pred, target = make_rows(groups, 64, 1)
+    mask = torch.ones(groups, 64, dtype=torch.bool) if groups == 1024 else None
+    options = LossOptions(infonce=1.0, negatives="sequence")
+    assert small_groups.why_unsupported(Call(pred, target, options, mask=mask)) is None
 
 
 def test_fakes_have_the_shapes_of_the_results(monkeypatch):

@@ -27,6 +27,8 @@ from amn_kernels.weighting import BalancedWeighting
 MAX_ROWS = 128
 MAX_ROWS_BOTH = 64
 """For both directions, which hold three tiles of similarities at a time: at 128 rows they spill."""
+MOST_COUNTED = 1 << 26
+"""For a mask: every program counts the rows of all groups itself, which is nothing for few programs (64 MiB in all)."""
 STATE = ("mean", "updates", "calls", "skipped", "lambdas", "most")
 """What the kernels read and write of a `BalancedWeighting`."""
 
@@ -67,8 +69,15 @@ def why_unsupported(call: Call) -> str | None:
         "the target requires a gradient": torch.is_grad_enabled() and call.target.requires_grad,
         "the temperature is learned": call.temperature is not None,
         "chunk_bytes asks for chunks": options.chunk_bytes is not None,
+        "every group would count the rows of a long mask": call.mask is not None and _counted(call) > MOST_COUNTED,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _counted(call: Call) -> int:
+    """Rows of the mask that all programs read together."""
+    rows = call.pred.numel() // call.pred.shape[-1]
+    return rows * rows // _group_size(call)
 
 
 def _group_size(call: Call) -> int:
