@@ -1,8 +1,10 @@
 """`python -m bench.gpu`: time and memory of a training step on a CUDA device, against what people run today.
 
 Contenders take turns, so that a slow moment of the machine falls on all of them; medians of times by CUDA events. Every
-size is written as soon as it is measured; what the file holds of other sizes, and of other cards, is kept. With
-``--device cpu`` the same harness runs on the CPU with wall-clock times, to see that it runs: these are no GPU figures.
+size is written as soon as it is measured; what the file holds of other sizes, and of other cards, is kept. A step is
+called from Python, as a training calls it: where the device is done sooner than the host submits, as at few rows, the
+times are the host's. With ``--device cpu`` the same harness runs on the CPU with wall-clock times, to see that it runs:
+these are no GPU figures.
 """
 
 import argparse
@@ -115,6 +117,8 @@ PEERS = {
 
 Inf-CL multiplies float32 in TF32, and computes the gradient of the keys even where nobody asks for it.
 """
+OF_16_BITS = {"cut-cross-entropy (no filter)": "its backward takes 16 bits only"}
+"""Those that are left out of float32, and why."""
 
 
 def measure(losses: dict[str, Loss], pred: torch.Tensor, target: torch.Tensor, rounds: int) -> dict[str, dict]:
@@ -234,20 +238,24 @@ def measured(
 ) -> Iterator[dict]:
     """An entry per terms, dtype and number of rows, each as soon as it is there; none after the device has failed."""
     for kind in kinds:
-        losses, left_out = contenders(KINDS[kind], device)
+        found, absent = contenders(KINDS[kind], device)
         for dtype in dtypes:
+            refused = {f"{name} in {dtype}": why for name, why in OF_16_BITS.items() if name in found}
+            left_out = {**absent, **(refused if dtype == "fp32" else {})}
+            losses = {name: loss for name, loss in found.items() if f"{name} in {dtype}" not in left_out}
             for count in rows:
                 generator = torch.Generator().manual_seed(0)
                 pred, target = (torch.randn(count, dim, generator=generator).to(device, DTYPES[dtype]) for _ in "pt")
-                entry = {"machine": machine(device), "kind": kind, "dtype": dtype, "rows": count, "left_out": left_out}
-                yield {**entry, "contenders": measure(losses, pred.requires_grad_(), target, rounds)}
+                cell = {"machine": machine(device), "kind": kind, "dtype": dtype, "rows": count, "dim": dim}
+                figures = measure(losses, pred.requires_grad_(), target, rounds)
+                yield {**cell, "left_out": left_out, "contenders": figures}
                 if not answers(device):
                     return
 
 
 def keep(result: dict, entry: dict, path: Path) -> None:
     """Replace the entry of the same cell on the same machine, and write the file."""
-    key = ("machine", "kind", "dtype", "rows")
+    key = ("machine", "kind", "dtype", "rows", "dim")
     result["entries"] = [e for e in result["entries"] if any(e[k] != entry[k] for k in key)] + [entry]
     write_atomically(path, json.dumps(result, indent=2) + "\n")
 
@@ -284,7 +292,8 @@ def plot(result: dict, path: Path) -> None:
                 axis.plot(*zip(*points, strict=True), marker="o", label=name)
         axis.set(title=", ".join(panel), xlabel="rows", ylabel="ms per step", xscale="log", yscale="log")
         axis.legend(fontsize=7)
-    figure.suptitle(f"Forward + backward, D = {DIM}")
+    dims = sorted({entry["dim"] for entry in result["entries"]})
+    figure.suptitle(f"Forward + backward, called from Python, D = {', '.join(map(str, dims))}")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -294,7 +303,7 @@ def print_table(result: dict) -> None:
     """One line per contender and shape."""
     console = Console(width=max(130, Console().width))
     table = Table(title="Forward + backward; difference: of the gradient, relative to the first contender")
-    for column in ("card", "terms", "input", "rows", "contender"):
+    for column in ("card", "terms", "input", "rows", "D", "contender"):
         table.add_column(column)
     for column in ("ms", "MiB", "difference"):
         table.add_column(column, justify="right")
@@ -302,12 +311,13 @@ def print_table(result: dict) -> None:
         for name, figures in entry["contenders"].items():
             size, difference = figures.get("bytes"), figures.get("difference")
             table.add_row(
-                _card(entry), entry["kind"], entry["dtype"], f"{entry['rows']:,}", name,
+                _card(entry), entry["kind"], entry["dtype"], f"{entry['rows']:,}", str(entry["dim"]), name,
                 figures["error"] if "error" in figures else f"{figures['seconds'] * 1e3:.3f}",
                 "" if size is None else f"{size / 2**20:,.1f}",
                 "" if difference is None else f"{difference['gradient']:.1e}",
             )  # fmt: skip
     console.print(table)
+    console.print("Where contenders take the same time at few rows, it is the host's, which submits the launches.")
     for name, reason in sorted({left_out for entry in result["entries"] for left_out in entry["left_out"].items()}):
         console.print(f"Left out: {name} ({reason})")
 
@@ -320,21 +330,22 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", help=f"default: {' '.join(map(str, ROWS))}")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for bench-gpu.json and bench-gpu.png")
+    parser.add_argument("--out", type=Path, help="folder for gpu.json and gpu.png (default: docs/bench, of a CPU runs)")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench.gpu: there is no CUDA device; --device cpu shows that the harness runs")
     small = arguments.smoke or arguments.device == "cpu"
     rows, rounds = arguments.rows or ((32, 128) if small else ROWS), 3 if small else 50
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "bench-gpu.json"
+    out = arguments.out or Path("docs/bench" if arguments.device == "cuda" else "runs")
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "gpu.json"
     result = json.loads(path.read_text()) if path.exists() else {"entries": []}
     for entry in measured(arguments.device, rows, rounds, arguments.kinds, arguments.dtypes):
         keep(result, entry, path)
         print(f"{entry['kind']}, {entry['dtype']}, {entry['rows']:,} rows: measured", flush=True)
-    plot(result, arguments.out / "bench-gpu.png")
+    plot(result, out / "gpu.png")
     print_table(result)
-    print(f"Written to {arguments.out}/bench-gpu.json and bench-gpu.png")
+    print(f"Written to {out}/gpu.json and gpu.png")
     if not answers(arguments.device):
         raise SystemExit("bench.gpu: the device failed; what was measured before is written")
 

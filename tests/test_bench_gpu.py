@@ -140,7 +140,7 @@ def test_the_cells_asked_for_are_measured(tmp_path, monkeypatch):
         options = ["--device", "cpu", "--rows", rows, "--kinds", "infonce", "--dtypes", "bf16", "--out", str(tmp_path)]
         monkeypatch.setattr("sys.argv", ["bench.gpu", *options])
         gpu.main()
-    entries = json.loads((tmp_path / "bench-gpu.json").read_text())["entries"]
+    entries = json.loads((tmp_path / "gpu.json").read_text())["entries"]
     assert [(e["kind"], e["dtype"], e["rows"]) for e in entries] == [("infonce", "bf16", 4), ("infonce", "bf16", 8)]
 
 
@@ -157,3 +157,23 @@ def test_figures_are_printed_drawn_and_json(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "no such kernel" in printed
     assert "Left out: other (it is not installed)" in printed
+
+
+def test_a_contender_of_16_bits_is_left_out_of_float32(monkeypatch):
+    (name,) = gpu.OF_16_BITS
+    monkeypatch.setattr(gpu, "contenders", lambda terms, device: ({name: lambda p, t: p.sum()}, {"b": "not there"}))
+    single, half = gpu.measured("cpu", (4,), rounds=1, kinds=["infonce"], dim=3)
+    assert single["contenders"] == {}
+    assert single["left_out"] == {"b": "not there", f"{name} in fp32": "its backward takes 16 bits only"}
+    assert [*half["contenders"]] == [name]
+    assert half["left_out"] == {"b": "not there"}
+
+
+def test_the_plot_says_what_was_measured(tmp_path, monkeypatch):
+    import matplotlib.figure
+
+    told = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "suptitle", lambda self, text: told.append(text))
+    monkeypatch.setattr(gpu, "contenders", lambda terms, device: ({"a": lambda p, t: p.sum()}, {}))
+    gpu.plot({"entries": list(gpu.measured("cpu", (4,), rounds=1, kinds=["all"], dim=6))}, tmp_path / "figure.png")
+    assert told == ["Forward + backward, called from Python, D = 6"]
