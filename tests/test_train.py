@@ -378,7 +378,7 @@ def test_every_model_trains_in_half_precision(data, tmp_path, monkeypatch, model
         for each in ("off", amp)
     ]
     assert cosines[0] != cosines[1]
-    assert cosines[0] == pytest.approx(cosines[1], abs=0.05)
+    assert cosines[0] == pytest.approx(cosines[1], abs=0.01)
 
 
 def test_a_compiled_model_trains_like_the_plain_one(data, tmp_path):

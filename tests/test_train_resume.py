@@ -143,9 +143,7 @@ def test_a_resume_without_the_weights_of_the_best_epoch_is_refused(data, tmp_pat
     config = config_of(data, tmp_path / "run", epochs=1)
     train(config, quiet())
     (config.out / "best.safetensors").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"best\.safetensors: no such file; .* has the weights of epoch 1, the b"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"best\.safetensors: no such file; .* weights of the best epoch, 1"):
         train(dataclasses.replace(config, epochs=2, resume=True), quiet())
     assert [row["epoch"] for row in load_history(config.out)] == [1]
 

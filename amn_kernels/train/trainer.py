@@ -43,7 +43,8 @@ def train(config: TrainConfig, console: Console) -> list[dict]:
     every process trains on its part of each batch, and the loss is that of the whole batch.
 
     Ctrl-C ends it after the update at hand with a checkpoint and raises KeyboardInterrupt. Raises ValueError for bad
-    data or options, FileExistsError for a folder in use, and FloatingPointError when training diverges.
+    data or options, FileExistsError for a folder in use, FileNotFoundError for one whose best weights are gone, and
+    FloatingPointError when training diverges.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -81,8 +82,8 @@ def _train(config: TrainConfig, console: Console, device: torch.device, ranks: R
         best = config.out / BEST
         if training.progress.best_epoch and not best.is_file():
             raise FileNotFoundError(
-                f"{best}: no such file; {checkpoint} can't be resumed without it, as it has the weights of epoch "
-                f"{training.progress.best_epoch}, the best one"
+                f"{best}: no such file; {checkpoint} can't be resumed without the weights of the best epoch, "
+                f"{training.progress.best_epoch}, which are in it alone"
             )
         order.bit_generator.state = training.progress.order
         done = f"epoch {training.progress.epoch}, {training.progress.step:,} updates done"
