@@ -200,7 +200,9 @@ def forward_fake(
     )
 
 
-def backward_fake(grad_values, pred, target, mask, ids, extra_negatives, learned_temperature, *rest):
+def backward_fake(
+    grad_loss, weights, grad_values, pred, target, mask, ids, extra_negatives, learned_temperature, *rest
+):  # fmt: skip
     """Empty results of a `_seq_loss_backward`."""
     differentiable = _differentiable(pred, target, extra_negatives, learned_temperature, rest[-1])
     return [x.new_empty(x.shape) for x in differentiable]
@@ -217,20 +219,33 @@ def balance_fake(values, *state_and_options):
     return torch.empty_like(values)
 
 
+def incoming(grad_loss: Tensor | None, weights: Tensor | None, grad_values: Tensor | None) -> Tensor:  # [], [m], [m]
+    """What arrives at the values [m] from a loss with these weights, and from themselves."""
+    if grad_loss is None:
+        return grad_values
+    of_loss = grad_loss * weights
+    return of_loss if grad_values is None else of_loss + grad_values
+
+
 def save_for_double_backward(ctx, inputs, output):
-    """What `double_backward` needs of a call of `_seq_loss_backward`."""
-    grad_values, pred, target, mask, ids, extra_negatives, learned_temperature, _, _, _, *ctx.choices = inputs
-    ctx.save_for_backward(grad_values, pred, target, mask, ids, extra_negatives, learned_temperature)
+    """What `double_backward` needs of a call of a `_seq_loss_backward`."""
+    ctx.save_for_backward(*inputs[:9])
+    ctx.choices = list(inputs[12:])  # rows, attention and columns, between these, follow from the others
 
 
 def double_backward(ctx, grads):
     """Gradient of the gradients, through the plain PyTorch definition; differentiable again."""
-    grad_values, pred, target, mask, ids, extra_negatives, learned_temperature = ctx.saved_tensors
-    given = (grad_values, pred, target, extra_negatives, learned_temperature)
-    of_values, of_pred, of_target, of_extra, of_temperature = _second_derivatives(*given, mask, ids, ctx.choices, grads)
+    grad_loss, weights, grad_values, pred, target, mask, ids, extra_negatives, learned_temperature = ctx.saved_tensors
+    given = (incoming(grad_loss, weights, grad_values), pred, target, extra_negatives, learned_temperature)
+    arrived, of_pred, of_target, of_extra, of_temperature = _second_derivatives(*given, mask, ids, ctx.choices, grads)
+    of_loss = None if grad_loss is None or arrived is None else torch.dot(arrived, weights)
+    of_values = None if grad_values is None else arrived
     # PyTorch takes an empty list among the arguments for one of tensors, and wants one back.
     of_choices = [[] if choice == [] else None for choice in ctx.choices]
-    return of_values, of_pred, of_target, None, None, of_extra, of_temperature, None, None, None, *of_choices
+    return (
+        of_loss, None, of_values, of_pred, of_target, None, None, of_extra, of_temperature, None, None, None,
+        *of_choices,
+    )  # fmt: skip
 
 
 # Off for the products of the inner backwards as well.
@@ -283,41 +298,14 @@ def _forward_fake(pred, target, weights, *rest):
     return outputs[0].new_empty([0] if weights is None else []), *outputs
 
 
-def _backward_fake(grad_loss, weights, grad_values, *rest):
-    return backward_fake(grad_values, *rest)
-
-
 def _balance_fake(values, *rest):
     return balance_fake(values, *rest), values.new_empty([])
 
 
-def _save_for_double_backward(ctx, inputs, output):
-    grad_loss, weights, grad_values, pred, target, mask, ids, extra_negatives, temperature, _, _, _, *choices = inputs
-    ctx.choices = choices
-    ctx.save_for_backward(grad_loss, weights, grad_values, pred, target, mask, ids, extra_negatives, temperature)
-
-
-class _Given:
-    """The context of `double_backward`, for gradients of the values that were given in two parts."""
-
-    def __init__(self, choices, saved_tensors):
-        self.choices, self.saved_tensors = choices, saved_tensors
-
-
-def _double_backward(ctx, grads):
-    grad_loss, weights, grad_values, *saved = ctx.saved_tensors
-    total = grad_values if grad_loss is None else grad_loss * weights
-    if grad_loss is not None and grad_values is not None:
-        total = total + grad_values
-    of_values, *of_rest = double_backward(_Given(ctx.choices, (total, *saved)), grads)
-    of_loss = None if grad_loss is None or of_values is None else torch.dot(of_values, weights)
-    return of_loss, None, None if grad_values is None else of_values, *of_rest
-
-
 if _C is not None:
     torch.library.register_fake("amn_kernels::_seq_loss_forward", _forward_fake)
-    torch.library.register_fake("amn_kernels::_seq_loss_backward", _backward_fake)
+    torch.library.register_fake("amn_kernels::_seq_loss_backward", backward_fake)
     torch.library.register_fake("amn_kernels::_balance", _balance_fake)
     torch.library.register_autograd(
-        "amn_kernels::_seq_loss_backward", _double_backward, setup_context=_save_for_double_backward
+        "amn_kernels::_seq_loss_backward", double_backward, setup_context=save_for_double_backward
     )

@@ -48,9 +48,11 @@ def test_opcheck(backend, options):
         op = torch.ops.amn_kernels_triton._seq_loss_forward.default
         torch.library.opcheck(op, (*forward, 1 << 20, needs), test_utils=checks)
         *_, rows, attention, columns = op(*forward, 1 << 20, needs)
-        incoming = torch.ones(len(options.terms), dtype=torch.float64)
-        backward = (incoming, pred, target, *tensors, rows, attention, columns, *ops.choices_of(options), needs)
-        torch.library.opcheck(torch.ops.amn_kernels_triton._seq_loss_backward.default, backward, test_utils=checks)
+        saved = (pred, target, *tensors, rows, attention, columns, *ops.choices_of(options), needs)
+        ones = torch.ones(len(options.terms), dtype=torch.float64)
+        op = torch.ops.amn_kernels_triton._seq_loss_backward.default
+        for incoming in ((None, None, ones), (ones[0].clone(), ones, None), (ones[0].clone(), ones, ones.clone())):
+            torch.library.opcheck(op, (*incoming, *saved), test_utils=checks)
 
 
 @pytest.mark.parametrize("options", [PLAIN, GENERAL])

@@ -26,9 +26,9 @@ _LIBRARY.define(
     " -> (Tensor values, Tensor gram, Tensor metrics, Tensor rows, Tensor attention, Tensor columns)"
 )
 _LIBRARY.define(
-    "_seq_loss_backward(Tensor grad_values, Tensor pred, Tensor target, Tensor? mask, Tensor? ids,"
-    " Tensor? extra_negatives, Tensor? learned_temperature, Tensor rows, Tensor attention, Tensor columns,"
-    f" {_CHOICES}, int needs) -> Tensor[]"
+    "_seq_loss_backward(Tensor? grad_loss, Tensor? weights, Tensor? grad_values, Tensor pred, Tensor target,"
+    " Tensor? mask, Tensor? ids, Tensor? extra_negatives, Tensor? learned_temperature, Tensor rows, Tensor attention,"
+    f" Tensor columns, {_CHOICES}, int needs) -> Tensor[]"
 )
 _LIBRARY.define(
     "_balance(Tensor values, Tensor? gram, Tensor(a!) mean, Tensor(b!) updates, Tensor(c!) calls,"
@@ -61,7 +61,10 @@ def _forward(pred, target, mask, ids, extra_negatives, temperature, *choices):
     return values, values.new_empty(0, 0) if gram is None else gram, metrics, *saved
 
 
-def _backward(grad_values, pred, target, mask, ids, extra_negatives, temperature, rows, attention, columns, *choices):
+def _backward(
+    grad_loss, weights, grad_values, pred, target, mask, ids, extra_negatives, temperature, rows, attention, columns,
+    *choices,
+):  # fmt: skip
     *choices, needs = choices
     names = _names_of(needs)
     with torch.cuda.device_of(pred):
@@ -69,7 +72,7 @@ def _backward(grad_values, pred, target, mask, ids, extra_negatives, temperature
             _PRIMITIVES,
             ops.options_of(*choices),
             Saved(rows, attention, columns),
-            grad_values,
+            ops.incoming(grad_loss, weights, grad_values),
             pred,
             target,
             temperature=temperature,
@@ -108,7 +111,9 @@ class _SeqLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_values, *_):
         gradients = iter(
-            torch.ops.amn_kernels_triton._seq_loss_backward(grad_values, *ctx.saved_tensors, *ctx.choices, ctx.needs)
+            torch.ops.amn_kernels_triton._seq_loss_backward(
+                None, None, grad_values, *ctx.saved_tensors, *ctx.choices, ctx.needs
+            )
         )
         of_inputs = [next(gradients) if ctx.needs & (1 << i) else None for i in range(len(_NAMES))]
         return *of_inputs, None, None, None, None, None

@@ -96,7 +96,7 @@ _LIBRARY.define(
     " -> (Tensor loss, Tensor values, Tensor gram, Tensor metrics, Tensor balanced, Tensor rows, Tensor attention)"
 )
 _LIBRARY.define(
-    "_small_groups_backward(Tensor? grad_loss, Tensor? grad_values, Tensor? weights, Tensor pred, Tensor target,"
+    "_small_groups_backward(Tensor? grad_loss, Tensor? weights, Tensor? grad_values, Tensor pred, Tensor target,"
     f" Tensor rows, Tensor attention, {_CHOICES}) -> Tensor"
 )
 
@@ -166,7 +166,7 @@ def forward(
 
 
 def backward(
-    grad_loss, grad_values, weights, pred, target, rows, attention, terms, monitored, temperature, both, negatives
+    grad_loss, weights, grad_values, pred, target, rows, attention, terms, monitored, temperature, both, negatives
 ):
     """The op `_small_groups_backward`."""
     p, t = _rows(pred, negatives), _rows(target, negatives)
@@ -199,7 +199,7 @@ def _forward_fake(
     return _results(pred, terms, monitored, both, needs, weighting)
 
 
-def _backward_fake(grad_loss, grad_values, weights, pred, *rest):
+def _backward_fake(grad_loss, weights, grad_values, pred, *rest):
     return pred.new_empty(pred.shape)
 
 
@@ -228,18 +228,17 @@ class _SmallGroups(torch.autograd.Function):
             grad_loss = None
         if grad_loss is None and grad_values is None:
             return (None,) * 8
+        incoming = (grad_loss, None if grad_loss is None else weights, grad_values)
         if torch.is_grad_enabled():  # a further derivative is wanted: the op that has one
-            incoming = 0 if grad_loss is None else grad_loss * weights
-            incoming = incoming if grad_values is None else incoming + grad_values
             columns = attention[:0]
             (grad,) = torch.ops.amn_kernels_triton._seq_loss_backward(
-                incoming, pred, target, mask, ids, None, None, rows, attention, columns, *ops.choices_of(ctx.options), 1
-            )
+                *incoming, pred, target, mask, ids, None, None, rows, attention, columns,
+                *ops.choices_of(ctx.options), 1,
+            )  # fmt: skip
         else:
             grad = torch.ops.amn_kernels_triton._small_groups_backward(
-                grad_loss, grad_values, None if grad_loss is None else weights, pred, target, rows, attention,
-                *_choices(ctx.options),
-            )  # fmt: skip
+                *incoming, pred, target, rows, attention, *_choices(ctx.options)
+            )
         return grad, *(None,) * 7
 
 
