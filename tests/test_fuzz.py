@@ -14,6 +14,7 @@ import torch
 from fuzz import KINDS, files, loss, run
 from fuzz.files import Canary, Claim, zipped
 
+from amn_kernels import functional
 from amn_kernels.data import npz
 from amn_kernels.data.npz import open_npz
 from amn_kernels.data.windows import load_windows
@@ -40,14 +41,72 @@ def test_generated(kind):
         run(kind, CASES[kind])
 
 
-def test_most_cases_of_the_loss_have_a_gradient_and_some_are_large(monkeypatch):
+def drawn(monkeypatch, count):
+    """So many cases of the loss, unchecked."""
     cases = []
-    monkeypatch.setitem(KINDS, "loss", (KINDS["loss"][0], cases.append))
-    run("loss", 1000)
+    with monkeypatch.context() as patch:
+        patch.setitem(KINDS, "loss", (KINDS["loss"][0], cases.append))
+        run("loss", count)
+    return cases
+
+
+def test_most_cases_of_the_loss_have_a_gradient_and_some_are_large(monkeypatch):
+    cases = drawn(monkeypatch, 1000)
     of_pred = sum("pred" in case.gradients for case in cases)
     assert 0.7 <= of_pred / len(cases) <= 0.9
     large = [case for case in cases if case.shape[0] >= 1000]
     assert any("pred" in case.gradients for case in large)
+    kinds = Counter(case.options["weighting"] for case in cases)
+    assert kinds.keys() == {"fixed", "gradient", "value"}
+    assert 0.3 <= 1 - kinds["fixed"] / len(cases) <= 0.5
+
+
+def noticed(cases):
+    """In how many of them a backend disagrees."""
+    count = 0
+    for case in cases:
+        try:
+            loss.check(case)
+        except AssertionError:
+            count += 1
+    return count
+
+
+@pytest.mark.skipif(not loss.contenders(), reason="no backend is there to be compared with the reference")
+@pytest.mark.filterwarnings("ignore")  # of PyTorch about the odd tensors that it is given
+def test_the_fuzz_notices_a_wrong_gradient(monkeypatch):
+    """By a tenth, of what a backend returns: the sizes that rounding is relative to must not cover it."""
+    cases = [case for case in drawn(monkeypatch, 60) if "pred" in case.gradients and case.shape[0] < 1000]
+    evaluate = loss.evaluate
+
+    def off(case, given, backend, **options):
+        result = evaluate(case, given, backend, **options)
+        if backend is not None and result is not None:
+            result.gradients["pred"] = 1.1 * result.gradients["pred"]
+        return result
+
+    monkeypatch.setattr(loss, "evaluate", off)
+    # Not those that are compared only in part (`fuzz.loss.notes`), and gradients of zero: a half to three quarters.
+    assert noticed(cases) > len(cases) / 3
+
+
+@pytest.mark.skipif(not loss.contenders(), reason="no backend is there to be compared with the reference")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", ["weights", "state"])
+def test_the_fuzz_notices_wrong_balanced_weights(monkeypatch, what):
+    cases = [case for case in drawn(monkeypatch, 100) if case.options["weighting"] != "fixed"]
+    fused = functional.evaluate
+
+    def off(*arguments, weighting=None, **options):
+        total, stats = fused(*arguments, weighting=weighting, **options)
+        if weighting is not None and what == "weights":
+            stats.weights = 1.001 * stats.weights
+        elif weighting is not None:
+            weighting.updates.add_(1)
+        return total, stats
+
+    monkeypatch.setattr(loss.functional, "evaluate", off)
+    assert noticed(cases) == len(cases)
 
 
 def test_claims_notice_a_loader_of_other_rows(monkeypatch):

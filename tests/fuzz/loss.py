@@ -19,6 +19,8 @@ from amn_kernels.backends import BACKENDS, Call
 from amn_kernels.options import TERMS, LossOptions
 from amn_kernels.reference import seq_loss as definition
 from amn_kernels.reference import term_outputs, terms
+from amn_kernels.reference.balance import balance
+from amn_kernels.weighting import BalancedWeighting
 
 Tensors = dict[str, Tensor | None]
 """The arguments of the loss by name."""
@@ -38,6 +40,10 @@ LARGE = 0.05
 """Probability of more rows than a chunk has."""
 PRED_LEARNS = 0.8
 """Probability that pred's gradient is asked for."""
+BALANCED = 0.4
+"""Probability of weights that are balanced."""
+WARM_UP = (3.0, 0.1)
+"""By what pred is multiplied in the calls before the one that is compared: weights must not follow from one call."""
 
 SCALES = (1.0, 1.0, 1e-6, 1e15, 1e3)
 SPECIAL = {
@@ -127,9 +133,9 @@ class Case:
 def cases(draw) -> Case:
     """Any case; shrinks to one row in one dimension with one term."""
     seed = draw(st.integers(0, 1 << 20))
-    # Hypothesis draws the simple far more often than the rare: these two have the probability that stands here.
+    # Hypothesis draws the simple far more often than the rare: these have the probability that stands here.
     chance = random.Random(seed)
-    large, pred_learns = chance.random() < LARGE, chance.random() < PRED_LEARNS
+    large, pred_learns, is_balanced = (chance.random() < share for share in (LARGE, PRED_LEARNS, BALANCED))
     size = st.one_of(st.integers(1, 9), st.integers(1, 70))
     shape = draw(st.one_of(st.tuples(size), st.tuples(st.integers(1, 9), st.integers(1, 9))))
     if large:  # several chunks of rows, and blocks of keys
@@ -140,6 +146,11 @@ def cases(draw) -> Case:
     options = {term: draw(st.sampled_from([1.0, 0.3, 5.0])) if term in on else 0.0 for term in TERMS}
     options["monitor"] = tuple(draw(st.lists(st.sampled_from(off), unique=True))) if off else ()
     options["variance_target"] = draw(st.sampled_from([None, None, 0.05, 1.0]))
+    options["weighting"] = draw(st.sampled_from(["gradient", "value"])) if is_balanced else "fixed"
+    if is_balanced:
+        options["anchor"] = draw(st.sampled_from([None, *on]))
+        options["ema"] = draw(st.sampled_from([0.99, 0.5, 0.0]))
+        options["update_every"] = draw(st.sampled_from([1, 2]))
     ids, extra = None, 0
     if "infonce" in (*on, *options["monitor"]):
         options["temperature"] = draw(st.sampled_from([0.07, 0.3, 0.01, 10.0]))
@@ -182,10 +193,41 @@ class Result:
     gradients: dict[str, Tensor]
     gram: Tensor | None
     metrics: Tensor
+    weights: Tensor
+    """Those that were applied."""
 
 
-def evaluate(case: Case, given: Tensors, backend: str | None, *, double: bool = False) -> Result | None:
-    """Loss, gradients and statistics by a backend; None if it does not serve the case; the definition for None."""
+def balanced(options: LossOptions, backend: str, pred: Tensor, target: Tensor, tensors: Tensors) -> tuple:
+    """The last of some calls with balanced weights: loss and `LossStats`.
+
+    AssertionError where weights or state are not what the plain step makes of the backend's own values and Gram matrix.
+    """
+    weighting, twin = BalancedWeighting(options), BalancedWeighting(options)
+    for scale in (*WARM_UP, None):
+        rows = pred if scale is None else (scale * pred.detach()).requires_grad_(pred.requires_grad)
+        loss, stats = functional.evaluate(rows, target, options, backend, weighting=weighting, **tensors)
+        wanted = balance(stats.values, stats.gram, *twin.arguments(rows.device))
+        pairs = {name: (buffer, getattr(twin, name)) for name, buffer in weighting.named_buffers()}
+        for name, (got, same) in {**pairs, "weights": (stats.weights, wanted)}.items():
+            # 1e-37: below, float32 has fewer digits.
+            torch.testing.assert_close(
+                got,
+                same,
+                rtol=1e-5,
+                atol=1e-37,
+                equal_nan=True,
+                msg=f"{backend}: balanced {name}: {got.tolist()}, not {same.tolist()}",
+            )
+    return loss, stats
+
+
+def evaluate(
+    case: Case, given: Tensors, backend: str | None, *, double: bool = False, weights: Tensor | None = None
+) -> Result | None:
+    """Loss, gradients and statistics by a backend; None if it does not serve the case.
+
+    The definition for None, at these weights; without, at λ.
+    """
     leaves = {name: given[name] for name in ("pred", "target", "extra")}
     if double:
         leaves = {name: None if x is None else x.double() for name, x in leaves.items()}
@@ -200,17 +242,20 @@ def evaluate(case: Case, given: Tensors, backend: str | None, *, double: bool = 
         leaves[name] = leaves[name].detach().requires_grad_()
     tensors = {"mask": given["mask"], "ids": given["ids"], "extra_negatives": leaves["extra"]}
     tensors["temperature"] = leaves["temperature"]
-    options = LossOptions(**case.options, weighting="fixed", chunk_bytes=case.chunk_bytes)
+    options = LossOptions(**{"weighting": "fixed", **case.options}, chunk_bytes=case.chunk_bytes)
     if backend is None:
-        outputs = term_outputs(leaves["pred"], leaves["target"], options, **tensors)
-        values, gram, metrics = outputs
-        loss = torch.dot(values, values.new_tensor(options.lambdas))
+        values, gram, metrics = term_outputs(leaves["pred"], leaves["target"], options, **tensors)
+        weights = values.new_tensor(options.lambdas) if weights is None else weights.to(values.dtype)
+        loss = torch.dot(values, weights)
     else:
-        call = Call(leaves["pred"], leaves["target"], options, **tensors)
-        if BACKENDS[backend].why_unsupported(call):
+        if BACKENDS[backend].why_unsupported(Call(leaves["pred"], leaves["target"], options, **tensors)):
             return None
-        loss, stats = functional.evaluate(leaves["pred"], leaves["target"], options, backend, **tensors)
+        if options.weighting == "fixed":
+            loss, stats = functional.evaluate(leaves["pred"], leaves["target"], options, backend, **tensors)
+        else:
+            loss, stats = balanced(options, backend, leaves["pred"], leaves["target"], tensors)
         values, gram, metrics = torch.stack(list(stats.value.values())), stats.gram, stats.metrics
+        weights = stats.weights
     found = [None] * len(case.gradients)
     if loss.requires_grad:
         wanted = [leaves[name] for name in case.gradients]
@@ -218,7 +263,7 @@ def evaluate(case: Case, given: Tensors, backend: str | None, *, double: bool = 
     gradients = {
         name: torch.zeros_like(leaves[name]) if x is None else x for name, x in zip(case.gradients, found, strict=True)
     }
-    return Result(loss.detach(), values.detach(), gradients, gram, metrics)
+    return Result(loss.detach(), values.detach(), gradients, gram, metrics, weights)
 
 
 class Natural:
@@ -283,14 +328,15 @@ class Natural:
         self.long = bool((every.abs() > LONG).any())
         self.finite = bool(every.isfinite().all())
 
-    def loss(self) -> float:
+    def loss(self, weights: Tensor) -> float:
         """Of the weighted sum of the terms."""
-        return sum(getattr(self.options, term) * float(self.values[term]) for term in self.options.enabled)
+        sizes = zip(self.options.terms, weights.tolist(), strict=True)
+        return sum(weight * float(self.values[term]) for term, weight in sizes if weight)
 
-    def gradient(self, leaf: str) -> float:
+    def gradient(self, leaf: str, weights: Tensor) -> float:
         """Norm, of the weighted sum."""
-        of = self.of[leaf]
-        return sum(getattr(self.options, term) * float(of.get(term, 0.0)) for term in self.options.enabled)
+        sizes = zip(self.options.terms, weights.tolist(), strict=True)
+        return sum(weight * float(self.of[leaf].get(term, 0.0)) for term, weight in sizes if weight)
 
 
 def top1_range(case: Case, given: Tensors, eps: float) -> tuple[float, float]:
@@ -317,13 +363,16 @@ def top1_range(case: Case, given: Tensors, eps: float) -> tuple[float, float]:
 def check(case: Case, names: list[str] | None = None) -> None:
     """AssertionError naming backend and quantity where a backend disagrees."""
     given = case.tensors()
-    truth, plain = evaluate(case, given, None, double=True), evaluate(case, given, None)
     natural = Natural(case, given)
     for name in contenders() if names is None else names:
         ours = evaluate(case, given, name)
         if ours is None:
             notes[f"{name} does not serve it"] += 1
             continue
+        # Balanced ones are compared where they are made; for fixed ones the definition takes λ.
+        weights = None if case.options.get("weighting", "fixed") == "fixed" else ours.weights
+        truth = evaluate(case, given, None, double=True, weights=weights)
+        plain = evaluate(case, given, None, weights=weights)
         compare(case, given, natural, name, ours, plain, truth)
 
 
@@ -344,7 +393,7 @@ def compare(case, given, natural: Natural, name: str, ours: Result, plain: Resul
         allowed = 2 * (theirs if same.isfinite().all() else 0.0) + FLOOR * eps * size + own
         assert error <= allowed, f"{name}: {what} is off by {error:.3g}, allowed {allowed:.3g}, of {true.norm():.3g}"
 
-    agree("loss", ours.loss, plain.loss, truth.loss, natural.loss() + truth.loss.abs().item())
+    agree("loss", ours.loss, plain.loss, truth.loss, natural.loss(truth.weights) + truth.loss.abs().item())
     for at, term in enumerate(natural.options.terms):
         size = float(natural.values[term]) + truth.values[at].abs().item()
         agree(f"the value of {term}", ours.values[at], plain.values[at], truth.values[at], size)
@@ -372,7 +421,7 @@ def compare(case, given, natural: Natural, name: str, ours: Result, plain: Resul
             assert natural.long or gradient.isfinite().all(), f"{name}: the gradient of {leaf} is not finite"
             continue
         own = info.eps * true.norm().item() + info.smallest_normal * info.eps * true.numel() ** 0.5
-        size = case.incoming * natural.gradient(leaf) + true.norm().item()
+        size = case.incoming * natural.gradient(leaf, truth.weights) + true.norm().item()
         agree(f"the gradient of {leaf}", gradient, plain.gradients[leaf], true, size, own if info.bits == 16 else 0.0)
     assert (ours.gram is None) == (truth.gram is None), f"{name}: Gram matrix"
     if ours.gram is not None and not natural.kink:
