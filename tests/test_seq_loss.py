@@ -167,6 +167,21 @@ def test_near_convergence(n, dim, term, distance):
     else:
         # At 0.001 that lies along p, where the normalisation removes it: both have the error of float32 logits left.
         assert ours_error <= theirs_error + 1e-6
+    assert ours_error <= 2e-6  # docs/mathematics.md
+
+
+@pytest.mark.parametrize(("factor", "error"), [(1e2, 1e-6), (1e4, 1e-4), (1e6, 2e-2)])
+def test_angles_where_targets_are_much_shorter(factor, error):
+    """Ten times the errors that the docstring of `gradient_cosine` tells."""
+    pred, target = make_rows(257, 64)
+    ours = seq_loss(factor * pred, target, backend="cpu", **TERMS["all"])
+    true = truth(factor * pred, target, **TERMS["all"])
+    pair = ("cosine", "infonce")
+    assert abs(ours.stats.gradient_cosine[pair] - true.stats.gradient_cosine[pair]) <= error
+    # Norms and gradients are not concerned.
+    for term in ("mse", "cosine", "infonce"):
+        assert ours.stats.grad_norm[term].item() == pytest.approx(true.stats.grad_norm[term].item(), rel=1e-5)
+    assert relative_error(ours.grad, true.grad) <= 1e-6
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
