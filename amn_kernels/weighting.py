@@ -47,6 +47,7 @@ class BalancedWeighting(nn.Module):
     """
 
     mean: Tensor
+    updates: Tensor
 
     def __init__(self, options: LossOptions):
         super().__init__()
@@ -67,7 +68,7 @@ class BalancedWeighting(nn.Module):
     def reset_parameters(self) -> None:
         """Forget what was seen, as transformers and FSDP ask of a module that no checkpoint fills."""
         self._mean_decay = self.decay
-        for buffer in self._buffers.values():
+        for buffer in self.buffers():
             nn.init.zeros_(buffer)
 
     @torch.no_grad()
