@@ -33,4 +33,8 @@ class Constants:
     # Kept beyond the call, so that one in inference mode must not decide what they are.
     @torch.inference_mode(False)
     def _on(self, device: torch.device) -> tuple[Tensor, ...]:
-        return tuple(torch.tensor(values, dtype=dtype, device=device) for values, dtype in self._numbers)
+        widest = torch.float32 if device.type == "mps" else torch.float64  # which has no float64
+        return tuple(
+            torch.tensor(values, dtype=widest if dtype is torch.float64 else dtype, device=device)
+            for values, dtype in self._numbers
+        )
