@@ -145,6 +145,7 @@ def test_what_the_backward_is_given(monkeypatch, weighting, compiled):
     [
         ("more than 128", (129, 8), {"infonce": 1.0}, {}),
         ("more than 64", (65, 8), {"infonce": 1.0, "direction": "both"}, {}),
+        ("more than 64", (65, 8), {"infonce": 1.0}, {"ids": torch.arange(65)}),
         ("sums over columns", (8, 8), {"moment": 1.0}, {}),
         ("keys of all groups", (8, 8), {"infonce": 1.0}, {"extra_negatives": torch.ones(2, 8)}),
         ("more sums", (8, 8), {"infonce": 1.0, "positives": "ids"}, {"ids": torch.arange(8)}),

@@ -25,8 +25,8 @@ from amn_kernels.triton.term_sums import FINISH_BLOCKS, SLOTS
 from amn_kernels.weighting import BalancedWeighting
 
 MAX_ROWS = 128
-MAX_ROWS_BOTH = 64
-"""For both directions, which hold three tiles of similarities at a time: at 128 rows they spill."""
+MAX_ROWS_WIDE = 64
+"""For both directions, which hold three tiles of similarities at a time, and for ids: at 128 rows they spill."""
 MOST_COUNTED = 1 << 26
 """For a mask: every program counts the rows of all groups itself, which is nothing for few programs (64 MiB in all)."""
 STATE = ("mean", "updates", "calls", "skipped", "lambdas", "most")
@@ -47,7 +47,7 @@ class Tile(NamedTuple):
 # compiled kernels prints both; which of those that fit is fastest is not measured. Left to itself, the assembler stops
 # at 128 registers for small tiles of float32 on sm_120, and at 168 for 32 rows of bfloat16, and spills a few bytes.
 # From 64 rows of half precision on there is one stage: with two, Triton 3.8 keeps a wgmma of sm_90 pending while it
-# refills the one buffer that this reads. With ids 128 rows then spill on sm_100.
+# refills the one buffer that this reads.
 _HALF = {16: Tile(64, 4, 2), 32: Tile(64, 4, 2, 255), 64: Tile(64, 8, 1), 128: Tile(32, 8, 1)}
 _SINGLE = {16: Tile(32, 4, 2, 255), 32: Tile(16, 4, 2, 255), 64: Tile(16, 8, 2, 255), 128: Tile(16, 8, 1)}
 
@@ -58,7 +58,8 @@ def why_unsupported(call: Call) -> str | None:
     Without the number of rows, which a compiled graph would then be made for.
     """
     options = call.options
-    most = MAX_ROWS if options.direction == "pred_to_target" else MAX_ROWS_BOTH
+    is_wide = options.direction == "both" or call.ids is not None
+    most = MAX_ROWS_WIDE if is_wide else MAX_ROWS
     columns = [term for term in options.terms if term in ("moment", "variance")]
     reasons = {
         f"groups have more than {most} rows": _group_size(call) > most,
