@@ -121,6 +121,18 @@ def test_special_rows(option, edge, dtype, temperature):
         assert got.isfinite().all()
 
 
+@pytest.mark.parametrize("n", [2, 33, 200])  # of one block of rows, and of several
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("length", [1e-6, 1.1, 1e6])
+def test_a_constant_column_has_no_deviation(length, dtype, n):
+    """Whatever its size, variance, whose hinge misses all of it, does not pull."""
+    pred, target = make_rows(n, 19, dtype=torch.float64)
+    pred, target = ((length * x).to(dtype) for x in (pred[:1].expand_as(pred), target))
+    loss, grad, _ = run(pred, target, mse=0.0, variance=1.0, backend="cpu")
+    assert loss.item() > 0.1
+    assert not grad.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_half_precision_near_overflow(option, dtype):

@@ -51,14 +51,17 @@ FLAT_TILE = Tile(rows=1, cols=128, warps=4)
 """Of kernels over numbers per row or per column: one a thread, as these are float64, and few beside the rows."""
 
 
-def launch(kernel, programs: int, *arguments, warps: int, registers: int | None = None, **constants) -> None:
-    """Launch over a one-dimensional grid; with fused multiply-adds, which round once less, whatever the default.
+def launch(
+    kernel, programs: int, *arguments, warps: int, registers: int | None = None, fused: bool = True, **constants
+) -> None:
+    """Launch over a one-dimensional grid.
 
     registers: most of a thread; None: the assembler chooses.
+    fused: with fused multiply-adds, which round once less, whatever the default of Triton.
     """
     if registers is not None:
         constants["maxnreg"] = registers
-    kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=True, **constants)
+    kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=fused, **constants)
 
 
 def strides(x: Tensor) -> tuple[int, int]:

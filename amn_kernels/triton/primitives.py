@@ -192,6 +192,7 @@ class TritonPrimitives:
             BLOCK_R=MOMENT_TILE.rows,
             BLOCK_C=MOMENT_TILE.cols,
             warps=MOMENT_TILE.warps,
+            fused=False,  # fused with p / norm, what is taken from it would leave the rounding
         )
         launch(
             merge_moments_kernel,

@@ -26,8 +26,8 @@ void col_stats(
         x[0] = access.load(pred.row(i) + first + j);
         x[1] = access.load(target.row(i) + first + j);
         x[2] = x[0] - x[1];
-        x[3] = x[0] * static_cast<T>(rows.at(kInvPred, i));
-        x[4] = x[1] * static_cast<T>(rows.at(kInvTarget, i));
+        x[3] = rounded(x[0] * static_cast<T>(rows.at(kInvPred, i)));
+        x[4] = rounded(x[1] * static_cast<T>(rows.at(kInvTarget, i)));
       };
       for_vectors<T>(0, width, [&](int64_t j, auto access) {
         Vector<T> x[5];

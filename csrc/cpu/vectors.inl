@@ -60,6 +60,25 @@ AMN_INLINE V map(const F& f, V v, More... more) {
   }
 }
 
+#if defined(__x86_64__)
+#define AMN_IN_REGISTER "+x"
+#elif defined(__aarch64__)
+#define AMN_IN_REGISTER "+w"
+#else
+#define AMN_IN_REGISTER "+m"
+#endif
+
+// v, rounded: what is taken from it is not fused with the product that v is, which would leave the rounding.
+template <class V>
+AMN_INLINE V rounded(V v) {
+  return map(
+      [](auto native) __attribute__((always_inline)) {
+        asm("" : AMN_IN_REGISTER(native));
+        return native;
+      },
+      v);
+}
+
 template <class H>
 AMN_INLINE Pair<H> operator+(Pair<H> a, Pair<H> b) { return {a.low + b.low, a.high + b.high}; }
 template <class H>

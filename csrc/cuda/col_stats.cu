@@ -42,6 +42,10 @@ __device__ Real element(const Matrix& x, int64_t i, int64_t k) {
   }
 }
 
+// Rounded: what is taken from it is not fused with it, which would leave the rounding.
+__device__ float product(float x, float y) { return __fmul_rn(x, y); }
+__device__ double product(double x, double y) { return __dmul_rn(x, y); }
+
 template <class Real>
 __global__ void __launch_bounds__(kColumnThreads) col_parts_kernel(
     Matrix pred, Matrix target, Scalars rows, Real* partial) {
@@ -55,7 +59,8 @@ __global__ void __launch_bounds__(kColumnThreads) col_parts_kernel(
     if (!counts(rows, i)) continue;
     const Real p = element<Real>(pred, i, k), t = element<Real>(target, i, k);
     const Real x[kMeans] = {
-        p, t, p - t, p * static_cast<Real>(at(rows, kInvPred, i)), t * static_cast<Real>(at(rows, kInvTarget, i))};
+        p, t, p - t, product(p, static_cast<Real>(at(rows, kInvPred, i))),
+        product(t, static_cast<Real>(at(rows, kInvTarget, i)))};
     const Real weight = Real{1} / ++n;
     Real before[kMeans], after[kMeans];
 #pragma unroll
