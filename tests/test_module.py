@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import inspect
-import math
 import pickle
 
 import pytest
@@ -12,7 +11,6 @@ from error_rule import TERMS, make_rows, relative_error, truth
 
 from amn_kernels import FusedSeqLoss, functional
 from amn_kernels.options import LossOptions
-from amn_kernels.stats import METRICS
 
 # Fixed weights, so that a result depends on its input alone; tests of the weightings are in test_weighting.py.
 ALL = {"mse": 1.0, "cosine": 0.5, "infonce": 0.25, "weighting": "fixed"}
@@ -287,60 +285,6 @@ def test_signature_is_that_of_the_options():
     assert all(p.kind is p.KEYWORD_ONLY for p in parameters)
 
 
-def test_stats_as_dict():
-    pred, target = make_rows(33, 7)
-    loss, stats = functional.seq_loss(
-        pred.requires_grad_(), target, backend="cpu", cosine=0.5, monitor=("infonce",), weighting="fixed"
-    )
-    flat = stats.as_dict()
-    of_term = {f"{what}_{term}" for what in ("loss", "weight", "contribution") for term in ("mse", "cosine", "infonce")}
-    of_gradient = {f"{what}_{term}" for what in ("grad_norm", "share") for term in ("mse", "cosine")}
-    assert set(flat) == of_term | of_gradient | {"gradient_cosine_mse_cosine"} | set(METRICS)
-    true = {term: truth(pred, target, **TERMS[term]) for term in ("mse", "cosine", "infonce")}
-    for term, weight in {"mse": 1.0, "cosine": 0.5, "infonce": 0.0}.items():
-        value = true[term].loss.item()
-        assert flat[f"loss_{term}"] == pytest.approx(value, rel=1e-6)
-        assert flat[f"weight_{term}"] == weight
-        assert flat[f"contribution_{term}"] == pytest.approx(weight * value, rel=1e-6)
-    for term in ("mse", "cosine"):
-        assert flat[f"grad_norm_{term}"] == pytest.approx(true[term].grad.norm().item(), rel=1e-6)
-    mse_grad, cosine_grad = true["mse"].grad.flatten(), true["cosine"].grad.flatten()
-    pulls = mse_grad.norm() + 0.5 * cosine_grad.norm()
-    assert flat["share_mse"] == pytest.approx((mse_grad.norm() / pulls).item(), rel=1e-6)
-    assert flat["share_cosine"] == pytest.approx((0.5 * cosine_grad.norm() / pulls).item(), rel=1e-6)
-    angle = torch.nn.functional.cosine_similarity(mse_grad, cosine_grad, dim=0).item()
-    assert flat["gradient_cosine_mse_cosine"] == pytest.approx(angle, rel=1e-6)
-    contributions = sum(value for name, value in flat.items() if name.startswith("contribution"))
-    assert contributions == pytest.approx(loss.item(), rel=1e-6)
-    assert all(isinstance(value, float) for value in flat.values())
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_what_was_not_computed_is_absent(backend):
-    pred, target = make_rows(33, 7)
-    _, stats = functional.seq_loss(pred, target, backend=backend, mse=0.0, cosine=1.0)
-    assert set(stats.value) == set(stats.weight) == set(stats.contribution) == {"cosine"}
-    assert stats.grad_norm == {}
-    assert stats.top1 is None
-    assert stats.chance is None
-    assert set(stats.as_dict()) == {
-        "loss_cosine", "weight_cosine", "contribution_cosine", "cosine_similarity", "pred_norm", "target_norm",
-    }  # fmt: skip
-
-
-def test_stats_hold_no_graph():
-    pred, target = make_rows(33, 7)
-    for backend in ("cpu", "reference"):
-        _, stats = functional.seq_loss(pred.requires_grad_(), target, backend=backend, **ALL)
-        tensors = [stats.values, stats.weights, stats.metrics] + ([] if stats.gram is None else [stats.gram])
-        assert not any(x.requires_grad for x in tensors)
-
-
-def test_stats_before_a_call():
-    with pytest.raises(RuntimeError, match="not been called"):
-        FusedSeqLoss().stats  # noqa: B018
-
-
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_monitoring_changes_no_gradient(backend):
     pred, target = make_rows(33, 7)
@@ -452,17 +396,3 @@ def test_default_dtype_changes_nothing():
             assert torch.equal(FusedSeqLoss(mse=0.5, infonce=0.5)(pred.clone().requires_grad_(), target), true)
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_shares_and_angles_without_a_gradient_are_no_numbers(backend):
-    pred, target = make_rows(12, 5)
-    options = {"mse": 1.0, "variance": 1.0, "variance_target": 1e-6, "weighting": "fixed", "backend": backend}
-    _, stats = functional.seq_loss(pred.clone().requires_grad_(), target, **options)
-    assert stats.share["mse"] == 1  # the hinge is met
-    assert stats.share["variance"] == 0
-    assert stats.gradient_cosine["mse", "variance"].isnan()
-    _, stats = functional.seq_loss(target.clone().requires_grad_(), target, **options)
-    assert all(share.isnan() for share in stats.share.values())
-    numbers = stats.as_dict()
-    assert all(math.isnan(numbers[name]) for name in ("share_mse", "share_variance", "gradient_cosine_mse_variance"))
