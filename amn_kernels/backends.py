@@ -60,7 +60,7 @@ def _is_transformed() -> bool:
     """Whether the call is inside a torch.func transform or a forward-mode level, which a C++ function does not see."""
     if torch._C._are_functorch_transforms_active():
         return True
-    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0  # not to be traced
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0  # can't be traced
 
 
 def _why_not_over_ranks(call: Call) -> str | None:
@@ -165,7 +165,7 @@ def _reference_unsupported(call: Call) -> str | None:
 
 
 def _reference_run(call: Call) -> Outcome:
-    # The stack of transforms is not to be traced.
+    # The stack of transforms can't be traced.
     if call.weighting is not None and _is_transformed() and not torch.compiler.is_compiling():
         functorch, given = torch._C._functorch, shown(call.options.weighting)
         levels = functorch.get_interpreter_stack() or ()

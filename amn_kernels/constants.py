@@ -30,10 +30,11 @@ class Constants:
         """Go where a module goes, given what `torch.nn.Module._apply` does to its tensors."""
         self.on(moved(torch.empty(0, device=self._tensors[0].device)).device)
 
-    # Kept beyond the call, so that one in inference mode must not decide what they are.
+    # They outlive the call: made in inference mode, they could not be used in training.
     @torch.inference_mode(False)
     def _on(self, device: torch.device) -> tuple[Tensor, ...]:
-        widest = torch.float32 if device.type == "mps" else torch.float64  # which has no float64
+        # There is no float64 on mps.
+        widest = torch.float32 if device.type == "mps" else torch.float64
         return tuple(
             torch.tensor(values, dtype=widest if dtype is torch.float64 else dtype, device=device)
             for values, dtype in self._numbers

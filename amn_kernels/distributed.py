@@ -129,11 +129,11 @@ class Group(Exchange):
         return (dist.batch_isend_irecv(moves) if moves else []), received
 
 
-class _Once(torch.autograd.Function):
-    """The identity on a gradient of a batch over ranks, of which there is no further one.
+class _NoDoubleBackward(torch.autograd.Function):
+    """The identity on a gradient, whose backward raises.
 
-    `once_differentiable` raises only where the incoming gradient requires one; a penalty on the gradient of the loss
-    itself would silently send nothing.
+    `once_differentiable` raises only where the incoming gradient requires one: a penalty on the gradient of the loss
+    itself would silently get none.
     """
 
     @staticmethod
@@ -185,7 +185,7 @@ class _SeqLoss(torch.autograd.Function):
             )
         if torch.is_grad_enabled():  # create_graph
             made_of = [x for x in (grad_values, pred, target, extra_negatives, temperature) if x is not None]
-            gradients = {name: _Once.apply(x, *made_of) for name, x in gradients.items()}
+            gradients = {name: _NoDoubleBackward.apply(x, *made_of) for name, x in gradients.items()}
         return None, None, None, None, None, *(gradients.get(name) for name in _TENSORS)
 
 

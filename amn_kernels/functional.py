@@ -79,6 +79,6 @@ def evaluate(
     call = backends.Call(pred, target, options, weights, weighting, temperature, mask, extra_negatives, ids)
     loss, (values, gram, metrics), weights = backends.choose(call, backend).run(call)
     stats = LossStats(options, values.detach(), weights, gram, metrics, set() if told is None else told)
-    if gram is None and loss.requires_grad and not torch.compiler.is_compiling():
-        stats.warn_of_no_balance()
+    if gram is None and target.requires_grad and loss.requires_grad and not torch.compiler.is_compiling():
+        stats.warn_of_no_balance(stacklevel=4 if told is None else 6)  # of a module torch has two frames in between
     return loss, stats

@@ -75,7 +75,7 @@ class FusedSeqLoss(nn.Module):
         self._last = _Last()
 
     def reset_parameters(self) -> None:
-        """Set a learned temperature back to the option, as transformers and FSDP ask of what no checkpoint fills."""
+        """Set a learned temperature back to the option, where no checkpoint fills it (docs/integrations.md)."""
         if self.options.learnable_temperature:
             nn.init.constant_(self.log_temperature, math.log(self.options.temperature))
 

@@ -51,7 +51,7 @@ def why_unavailable() -> str | None:
 
 
 def has_cuda() -> bool:
-    """Whether the extension was compiled with CUDA kernels, on whatever device."""
+    """Whether the extension was compiled with CUDA kernels; there need not be a device."""
     return _HAS_CUDA
 
 

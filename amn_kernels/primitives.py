@@ -34,9 +34,9 @@ Moment = enum.IntEnum("Moment", [name.upper() for name in _MOMENTS.split()], sta
 """Means and sums of products of the columns, [len(Moment), D] float64: enum Moment in csrc/types.h."""
 
 MEANS = int(Moment.PRED_PRED)
-"""How many of them are means."""
+"""The first moments, which are means."""
 PRODUCTS = ((0, 0), (1, 1), (2, 2), (2, 0), (3, 3), (4, 4))
-"""Of which two means moment MEANS + i is the sum of products."""
+"""Moment MEANS + i is the sum of products of the two columns whose means are moments PRODUCTS[i]."""
 
 MOMENTS, COLUMNS = len(Moment), 7
 """Numbers per column: kMoments and kColumns in csrc/types.h."""

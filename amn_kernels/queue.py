@@ -68,7 +68,8 @@ class NegativeQueue(nn.Module):
         size, dim = self.rows.shape
         check_float("targets", targets)
         if self.rows.is_meta and not self._filled:  # made without memory, and nobody gives some to what is no buffer
-            self.rows = torch.zeros_like(self.rows, device=targets.device)
+            with torch.inference_mode(False):  # to be written to in training as well
+                self.rows = torch.zeros_like(self.rows, device=targets.device)
         check_device("targets", targets, self.rows.device, of="the queue")
         if targets.dim() not in (2, 3) or targets.shape[-1] != dim:
             raise ValueError(f"targets must be [N, {dim}] or [B, T, {dim}], got shape {list(targets.shape)}")

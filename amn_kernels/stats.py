@@ -28,7 +28,8 @@ class TermOutputs(NamedTuple):
 
 
 DOMINANCE = 100.0
-"""With fixed weights there is a warning if a term pulls this many times as hard as the anchor, and as λ ask for."""
+"""With fixed weights there is a warning if a term pulls more than this many times as hard as the anchor, and more than
+this many times as hard as its λ asks for."""
 
 
 class DominanceWarning(UserWarning):
@@ -163,16 +164,16 @@ class LossStats:
         self._warn_of_dominance(numbers)
         return numbers
 
-    def warn_of_no_balance(self) -> None:
-        """Once per loss, for a call that has a gradient but none for pred."""
-        if self.options.weighting != "gradient" or "no balance" in self.told:
+    def warn_of_no_balance(self, stacklevel: int) -> None:
+        """Once per loss, where target is trained and pred is not."""
+        if self.options.weighting != "gradient" or len(self.options.enabled) < 2 or "no balance" in self.told:
             return
         self.told.add("no balance")
         warnings.warn(
             "weighting='gradient' balances gradients at pred, and pred requires none, so the weights are λ or those of "
-            "earlier calls; if target is what is trained, give it as pred and the other as target",
+            "earlier calls; target requires one: give it as pred, and the other as target",
             UnbalancedWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
     def _warn_of_dominance(self, numbers: dict[str, float]) -> None:

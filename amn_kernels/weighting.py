@@ -13,7 +13,7 @@ from amn_kernels import extra_state, ops, triton
 from amn_kernels.checks import check_state
 from amn_kernels.constants import Constants
 from amn_kernels.options import LossOptions
-from amn_kernels.reference.balance import MOST, balance
+from amn_kernels.reference.balance import MOST, balance, bias
 from amn_kernels.reference.seq_loss import without_autocast
 
 HINGES = frozenset(("moment", "variance"))
@@ -66,9 +66,8 @@ class BalancedWeighting(nn.Module):
         self._mean_decay = self.decay
 
     def reset_parameters(self) -> None:
-        """Forget what was seen, as transformers and FSDP ask of a module that no checkpoint fills."""
-        self._mean_decay = self.decay
-        for buffer in self.buffers():
+        """Forget what was seen, as FSDP asks for, and transformers through `_init_weights` (docs/integrations.md)."""
+        for buffer in self.buffers():  # not the decay: transformers leaves what a checkpoint has filled as it is
             nn.init.zeros_(buffer)
 
     @torch.no_grad()
@@ -89,7 +88,7 @@ class BalancedWeighting(nn.Module):
         Raises ValueError if the state is not on the device of the call.
         """
         buffers = self._buffers  # as attributes they cost a failed search each
-        check_state(self.mean.device, device)
+        check_state(buffers["mean"].device, device)
         if self._mean_decay != self.decay:
             self._follow_decay()
         return (
@@ -123,6 +122,8 @@ class BalancedWeighting(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *further)
         for name, dtype in dtypes.items():  # with assign=True they are the tensors of the state themselves
             self._buffers[name] = self._buffers[name].to(dtype)
+        if self._mean_decay != self.decay:
+            self._follow_decay()
 
     def get_extra_state(self) -> Tensor:
         """What the numbers in the buffers belong to: terms, weighting and the decay of the mean."""
@@ -144,8 +145,7 @@ class BalancedWeighting(nn.Module):
     @torch.no_grad()
     def _follow_decay(self) -> None:
         """Make a mean that was loaded one of this decay, with the same value once its bias is corrected."""
-        seen = self.updates.clamp(min=1).double()
-        self.mean.mul_((1 - self.decay**seen) / (1 - self._mean_decay**seen))
+        self.mean.mul_(bias(self.updates, self.decay) / bias(self.updates, self._mean_decay))
         self._mean_decay = self.decay
 
 
@@ -161,7 +161,7 @@ def _step_for(device: torch.device) -> Callable[..., Tensor]:
 
 
 @without_autocast
-def _scale(gramian: Tensor, values: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _call_without_autocast(gramian: Tensor, values: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     return function(gramian, values)
 
 
@@ -183,7 +183,7 @@ class CallableWeighting(nn.Module):
         weights = lambdas.to(values.dtype, copy=True)
         if gram is None:
             return weights
-        scale = _scale(gram[some][:, some], values[some], self.function)
+        scale = _call_without_autocast(gram[some][:, some], values[some], self.function)
         if not isinstance(scale, Tensor) or scale.shape != (len(some),):
             raise ValueError(
                 f"weighting must return a tensor of shape [{len(some)}], one weight per enabled term, "

@@ -330,13 +330,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", help=f"default: {' '.join(map(str, ROWS))}")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--out", type=Path, help="folder for gpu.json and gpu.png (default: docs/bench, of a CPU runs)")
+    parser.add_argument("--out", type=Path, help="folder of the figures; default: docs/bench, or runs if small")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench.gpu: there is no CUDA device; --device cpu shows that the harness runs")
     small = arguments.smoke or arguments.device == "cpu"
     rows, rounds = arguments.rows or ((32, 128) if small else ROWS), 3 if small else 50
-    out = arguments.out or Path("docs/bench" if arguments.device == "cuda" else "runs")
+    out = arguments.out or Path("runs" if small else "docs/bench")
     out.mkdir(parents=True, exist_ok=True)
     path = out / "gpu.json"
     result = json.loads(path.read_text()) if path.exists() else {"entries": []}

@@ -60,6 +60,11 @@ def balance(
     return (lambdas * ratio).to(values.dtype)
 
 
+def bias(updates: Tensor, decay: float) -> Tensor:  # [m] int64 -> [m]
+    """By what a running mean that began at 0 is divided. In float64, as for a decay near 1 it cancels; mps has none."""
+    seen = updates.clamp(min=1)
+    return 1 - decay ** (seen.float() if seen.device.type == "mps" else seen.double())
+
+
 def _corrected(mean: Tensor, updates: Tensor, decay: float) -> Tensor:  # [m]; 0 without updates
-    # In float64: for a decay near 1 the difference cancels.
-    return (mean / (1 - decay ** updates.clamp(min=1).double())).to(mean.dtype)
+    return (mean / bias(updates, decay)).to(mean.dtype)

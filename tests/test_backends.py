@@ -227,14 +227,6 @@ def test_without_the_compiled_extension(run_python):
     assert "'cpu' is not available" in got["errors"][0]
 
 
-def test_to_import_the_package_loads_no_compiler(run_python):
-    """Each takes longer than all of it."""
-    process = run_python("import sys, amn_kernels; print(*sys.modules)")
-    loaded = set(process.stdout.split())
-    assert "amn_kernels.backends" in loaded, process.stderr
-    assert not {"triton", "torch._dynamo", "torch._inductor", "torch.distributed.fsdp"} & loaded
-
-
 def test_terms_that_no_kernel_knows_go_to_the_reference(rows):
     options = LossOptions()
     object.__setattr__(options, "fused", False)  # as a term of TERMS that is not one of FUSED_TERMS makes it

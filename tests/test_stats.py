@@ -116,6 +116,16 @@ def test_a_target_trained_against_a_fixed_pred_is_told_once():
         fresh(pred, target.detach())
         fresh(pred.requires_grad_(), target)
         FusedSeqLoss(mse=0.5, infonce=0.5, weighting="value")(pred.detach(), target)
+        FusedSeqLoss(mse=0.0, infonce=0.5)(pred.detach(), target)
+        FusedSeqLoss(mse=0.5, infonce=0.5, learnable_temperature=True)(pred.detach(), target.detach())
+
+
+@pytest.mark.parametrize("loss", [FusedSeqLoss(infonce=0.5), lambda *rows: functional.seq_loss(*rows, infonce=0.5)])
+def test_the_warning_points_at_the_call(loss):
+    pred, target = make_rows(20, 8)
+    with pytest.warns(UnbalancedWarning) as told:
+        loss(pred, target.requires_grad_())
+    assert [warning.filename for warning in told] == [__file__]
 
 
 def test_balanced_weights_are_not_warned_of(recwarn):

@@ -64,6 +64,8 @@ def evaluate_run(
     trained = load_run(run)
     windows = load_windows(data or trained.config.data, trained.context)
     _check_fit(windows, trained.dim, trained.context)
+    if data is None and trained.fingerprint is None:
+        raise ValueError(f"{run / CONFIG}: it does not say which data it is of; name the file with --data")
     if data is None and windows.fingerprint != trained.fingerprint:
         raise ValueError(
             f"{windows.name}: not the vectors and articles that {run} was trained on (the fingerprint in {CONFIG} is "

@@ -144,8 +144,8 @@ class Run(NamedTuple):
     config: TrainConfig
     dim: int
     context: int
-    fingerprint: str
-    """Of the windows that it was trained on."""
+    fingerprint: str | None
+    """Of the windows that it was trained on; None where the folder does not say."""
     model: nn.Module
     """The best one, in eval mode."""
 
@@ -161,7 +161,7 @@ def load_run(out: Path) -> Run:
         raise ValueError(f"{out / BEST}: damaged ({error})") from error
     try:
         values = json.loads((out / CONFIG).read_text())
-        dim, context, fingerprint = values.pop("dim"), values["context"], values.pop("fingerprint")
+        dim, context, fingerprint = values.pop("dim"), values["context"], values.pop("fingerprint", None)
         values["data"] = None if values["data"] is None else Path(values["data"])
         config = TrainConfig(**values | {"out": Path(values["out"])})
         # A model of a damaged `dim` could take any amount of memory.

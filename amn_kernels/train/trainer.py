@@ -83,7 +83,7 @@ def _train(config: TrainConfig, console: Console, device: torch.device, ranks: R
         if training.progress.best_epoch and not best.is_file():
             raise FileNotFoundError(
                 f"{best}: no such file; {checkpoint} can't be resumed without the weights of the best epoch, "
-                f"{training.progress.best_epoch}, which are in it alone"
+                f"{training.progress.best_epoch}, which no other file has"
             )
         order.bit_generator.state = training.progress.order
         done = f"epoch {training.progress.epoch}, {training.progress.step:,} updates done"

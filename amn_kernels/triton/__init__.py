@@ -7,11 +7,11 @@
     scalars.py      numbers per row and the small formulas that kernels share
     *.py            the kernels themselves
 
-Groups of at most 128 rows are small_groups.py: two launches a training step, three for several groups. A step by
-chunks launches 5 kernels and one per chunk of rows and block of keys (softmax_rows), beside the two matrix products of
-each: row_stats, row_dots, two for term_sums, row_combine. Positives by id and gradients for keys take two per chunk and
-block (softmax_stats, softmax_weights), both directions three (softmax_cols as well) and col_factors, terms of columns 4
-more. Groups go together as far as they fit.
+Groups of at most 128 rows, 64 with ids or both directions, are small_groups.py: two launches a training step, three for
+several groups. A step by chunks launches 5 kernels and one per chunk of rows and block of keys (softmax_rows), beside
+the two matrix products of each: row_stats, row_dots, two for term_sums, row_combine. Positives by id and gradients for
+keys take two per chunk and block (softmax_stats, softmax_weights), both directions three (softmax_cols as well) and
+col_factors, terms of columns 4 more. Groups go together as far as they fit.
 
 The modules that need Triton are imported when the backend is first used, so the package works without it.
 """
@@ -43,7 +43,7 @@ def _import_error() -> str | None:
     return _searched()
 
 
-# The torch of AMD's devices, which it calls CUDA too; Triton's options of a launch are other ones there.
+# ROCm builds of torch say CUDA too, but Triton takes other options of a launch there.
 _IS_HIP = torch.version.hip is not None
 
 

@@ -52,16 +52,16 @@ FLAT_TILE = Tile(rows=1, cols=128, warps=4)
 
 
 def launch(
-    kernel, programs: int, *arguments, warps: int, registers: int | None = None, fused: bool = True, **constants
+    kernel, programs: int, *arguments, warps: int, registers: int | None = None, contracts: bool = True, **constants
 ) -> None:
     """Launch over a one-dimensional grid.
 
     registers: most of a thread; None: the assembler chooses.
-    fused: with fused multiply-adds, which round once less, whatever the default of Triton.
+    contracts: whether a product and a sum become one multiply-add, which rounds once less.
     """
     if registers is not None:
         constants["maxnreg"] = registers
-    kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=fused, **constants)
+    kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=contracts, **constants)
 
 
 def strides(x: Tensor) -> tuple[int, int]:

@@ -192,7 +192,7 @@ class TritonPrimitives:
             BLOCK_R=MOMENT_TILE.rows,
             BLOCK_C=MOMENT_TILE.cols,
             warps=MOMENT_TILE.warps,
-            fused=False,  # fused with p / norm, what is taken from it would leave the rounding
+            contracts=False,  # p/|p| has to be rounded before its mean is taken from it
         )
         launch(
             merge_moments_kernel,
@@ -200,7 +200,7 @@ class TritonPrimitives:
             *(parts, counted, moments, count, splits + 1, dim),
             BLOCK=FLAT_TILE.cols,
             warps=FLAT_TILE.warps,
-            maxnreg=64,  # left to itself, the assembler stops at 32 for sm_100 and spills 8 bytes
+            registers=64,  # left to itself, the assembler stops at 32 for sm_100 and spills 8 bytes
         )
 
     def col_terms(self, moments, count, gamma: float, columns, values) -> None:  # noqa: D102

@@ -1,4 +1,4 @@
-"""The loss of groups of at most 128 rows: one program per group, so that a training step is two or three launches.
+"""The loss of groups of at most 128 rows: a program for each, so that a training step is two or three launches.
 
 Forward and backward are one launch each. Several groups need one more in between, which adds up their sums. Weights,
 fixed or balanced, and the loss are formed where the sums are, and the backward multiplies by the incoming gradients and
@@ -28,7 +28,7 @@ MAX_ROWS = 128
 MAX_ROWS_WIDE = 64
 """For both directions, which hold three tiles of similarities at a time, and for ids: at 128 rows they spill."""
 MOST_COUNTED = 1 << 26
-"""For a mask: every program counts the rows of all groups itself, which is nothing for few programs (64 MiB in all)."""
+"""Most mask entries (64 MiB) that all programs may read together: each counts the rows of the whole batch."""
 STATE = ("mean", "updates", "calls", "skipped", "lambdas", "most")
 """What the kernels read and write of a `BalancedWeighting`."""
 
@@ -55,7 +55,7 @@ _SINGLE = {16: Tile(32, 4, 2, 255), 32: Tile(16, 4, 2, 255), 64: Tile(16, 8, 2, 
 def why_unsupported(call: Call) -> str | None:
     """Why a call takes the path of chunks instead; None if it is one of small groups.
 
-    Without the number of rows, which a compiled graph would then be made for.
+    No reason states the number of rows: a compiled graph would be made for that number alone.
     """
     options = call.options
     is_wide = options.direction == "both" or call.ids is not None

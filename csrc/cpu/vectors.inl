@@ -68,7 +68,7 @@ AMN_INLINE V map(const F& f, V v, More... more) {
 #define AMN_IN_REGISTER "+m"
 #endif
 
-// v, rounded: what is taken from it is not fused with the product that v is, which would leave the rounding.
+// v, a product, rounded before anything is taken from it: a fused multiply-add would leave its rounding as a difference.
 template <class V>
 AMN_INLINE V rounded(V v) {
   return map(

@@ -42,7 +42,7 @@ __device__ Real element(const Matrix& x, int64_t i, int64_t k) {
   }
 }
 
-// Rounded: what is taken from it is not fused with it, which would leave the rounding.
+// Rounded before anything is taken from it: a fused multiply-add would leave its rounding as a difference.
 __device__ float product(float x, float y) { return __fmul_rn(x, y); }
 __device__ double product(double x, double y) { return __dmul_rn(x, y); }
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 _ALLOCATED = re.compile(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x")
 _VIEW = re.compile(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)")
-_PRODUCT = re.compile(r"ttng\.warp_group_dot (%\w+), (%\w+),(.*isAsync = true)?")
+_PRODUCT = re.compile(r"ttng\.warp_group_dot (%\w+(?:#\d+)?), (%\w+(?:#\d+)?),(.*isAsync = true)?")
 _WAIT = re.compile(r"ttng\.warp_group_dot_wait .*{pendings = (\d+)")
 _FILLED = re.compile(r"ttg\.(?:async_copy_global_to_local|local_store) %\w+(?:#\d+)?, (%\w+)")
 
@@ -18,7 +18,8 @@ _FILLED = re.compile(r"ttg\.(?:async_copy_global_to_local|local_store) %\w+(?:#\
 def refills_while_read(ttgir: str) -> int:
     """Copies into a buffer of one slot that a product may still be reading.
 
-    Of buffers with several slots nothing is known: which one is filled is computed at run time.
+    Nothing is known of buffers with several slots, where the one to fill is computed at run time, nor of those that a
+    loop carries. ValueError for a product that is not understood.
     """
     slots, of, found = {}, {}, set()
     pending = deque()
@@ -32,6 +33,8 @@ def refills_while_read(ttgir: str) -> int:
                 pending.append({of.get(x, x) for x in match.groups()[:2]})
             else:
                 pending.clear()
+        elif "ttng.warp_group_dot " in line:
+            raise ValueError(f"not understood: {line.strip()}")
         elif match := _WAIT.search(line):
             while len(pending) > int(match[1]):
                 pending.popleft()
