@@ -112,7 +112,7 @@ def fused(rows: int, dtype: torch.dtype, options: LossOptions | None = None, dim
             loss, _, _, _, _, scalars, attention = small_groups.forward(
                 pred, target, None, None, weights, *(None,) * 6, *choices, True, "fixed", 0, 0.0, 1, False
             )
-            small_groups.backward(loss, None, weights, pred, target, scalars, attention, *choices)
+            small_groups.backward(loss, weights, None, pred, target, scalars, attention, *choices)
         else:
             needs, primitives = frozenset(["pred"]), TritonPrimitives()
             values, _, _, saved = algorithm.forward(
