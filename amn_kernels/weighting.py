@@ -88,7 +88,7 @@ class BalancedWeighting(nn.Module):
         Raises ValueError if the state is not on the device of the call.
         """
         buffers = self._buffers  # as attributes they cost a failed search each
-        check_state(buffers["mean"].device, device)
+        check_state(self.mean.device, device)
         if self._mean_decay != self.decay:
             self._follow_decay()
         return (
