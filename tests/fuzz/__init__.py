@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from fuzz import arguments, files, loss
+from fuzz import arguments, cases, files, loss
 
 KINDS: dict[str, tuple[SearchStrategy[tuple], Callable]] = {
-    "loss": (st.tuples(loss.cases()), loss.check),
+    "loss": (st.tuples(cases.cases()), loss.check),
     "options": (arguments.options, arguments.check_option),
     "tensors": (arguments.tensors, arguments.check_tensor),
     "queue": (arguments.queues, arguments.check_queue),
@@ -28,13 +28,13 @@ KINDS: dict[str, tuple[SearchStrategy[tuple], Callable]] = {
 """The arguments that are drawn, and the check they are for."""
 
 
-def run(kind: str, cases: int, seed: int = 0) -> None:
+def run(kind: str, count: int, seed: int = 0) -> None:
     """Draws and checks so many cases; raises what fails, shrunk."""
     drawn, check = KINDS[kind]
 
     @hypothesis.seed(seed)
     @settings(
-        max_examples=cases,
+        max_examples=count,
         deadline=None,
         derandomize=False,
         database=None,
