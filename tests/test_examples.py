@@ -107,7 +107,7 @@ def test_trainer_with_accumulation_has_the_negatives_of_the_micro_batch(tmp_path
 @pytest.mark.usefixtures("_deterministic")
 def test_a_loss_in_a_pretrained_model_whose_checkpoint_has_none(tmp_path):
     """With the lines of docs/integrations.md; without them transformers leaves the loss what memory held."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers, of the extra examples, is not installed")
     page = (EXAMPLES.parent / "docs" / "integrations.md").read_text()
     lines = re.search(r"```python\n(def _init_weights.*?)```", page, flags=re.S).group(1)
     names = {"FusedSeqLoss": FusedSeqLoss, "BalancedWeighting": BalancedWeighting}
